@@ -1,0 +1,75 @@
+"""The six networks by the names they have everywhere: files, flags, configs and parameter names."""
+
+import math
+import re
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from animecolor_jax import params
+from animecolor_jax.models.hce import HCE
+from animecolor_jax.models.radio import Radio
+from animecolor_jax.models.t5 import T5Encoder
+from animecolor_jax.models.transformer import Transformer
+from animecolor_jax.models.vae import VAE
+
+NETWORKS = {
+    "denoiser": Transformer,
+    "lcg": Transformer,
+    "hce": HCE,
+    "vae": VAE,
+    "text_encoder": T5Encoder,
+    "image_encoder": Radio,
+}
+
+STACKED = r"(blocks|qformer/layers|cross_attn)/.*"
+
+
+def _normal(std):
+    return lambda rng, shape, _: std * rng.standard_normal(shape, np.float32)
+
+
+def _by_fan_in(rng, shape, stacked):
+    fan_in = math.prod(shape[1:-1] if stacked else shape[:-1])
+    return rng.standard_normal(shape, np.float32) / math.sqrt(fan_in)
+
+
+def _filled(value):
+    return lambda rng, shape, _: np.full(shape, value, np.float32)
+
+
+# How parameters start, by name; the first full match wins. Made on the host: compiling the initialisers of a VAE
+# takes a minute on a small computer, drawing its numbers a moment.
+INITIAL = [
+    (r"cross_attn/out/kernel", _filled(0)),  # a fresh HCE changes nothing until it is trained
+    (r".*/scale|input_conditioner/std", _filled(1)),
+    (r".*/bias|input_conditioner/mean", _filled(0)),
+    (r"summary_indices", lambda rng, shape, _: np.arange(*shape, dtype=np.int32)),
+    (r".*embedding|.*latents|prefix_tokens|position_table", _normal(0.02)),
+    (r".*/(kernel|proj_out)", _by_fan_in),
+]
+
+
+def creator(component, config):
+    """Function of nothing that builds the component with that config, for `params.abstract` and `params.build`."""
+    return lambda: NETWORKS[component](config, rngs=nnx.Rngs(0))
+
+
+def abstract(component, config):
+    """{name: ShapeDtypeStruct} of the component's parameters and buffers."""
+    return params.abstract(creator(component, config))[1]
+
+
+def initial_leaves(component, config, seed):
+    """Yields (name, float32 array) of a newly initialised network, one leaf at a time."""
+    for number, (name, leaf) in enumerate(sorted(abstract(component, config).items())):
+        draw = next(draw for pattern, draw in INITIAL if re.fullmatch(pattern, name))
+        rng = np.random.default_rng([seed, number])
+        yield name, draw(rng, leaf.shape, re.fullmatch(STACKED, name) is not None)
+
+
+def fresh(component, config, seed):
+    """A newly initialised network, float32; the same seed gives the same network."""
+    leaves = {name: jnp.asarray(leaf) for name, leaf in initial_leaves(component, config, seed)}
+    return params.build(creator(component, config), leaves, what=component)
