@@ -1,0 +1,217 @@
+"""The weights directory: what conversion writes, training ends with and everything else reads.
+
+    config.json                 format version, preset, every component's config, provenance, licence notes
+    COMPONENT.safetensors       one per component, our names, blocks stacked
+    tokenizer/                  the text encoder's tokenizer files
+
+Files are written and read leaf by leaf, so that a 9.5 GB text encoder needs little more than its largest leaf.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from animecolor_jax import config as configs
+from animecolor_jax import params, safetensors_io, sharding
+from animecolor_jax.errors import InputError
+from animecolor_jax.networks import abstract, creator, initial_leaves
+from animecolor_jax.tokenizer import Tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+LICENCES = {
+    "image_encoder": "RADIO's published weights are for non-commercial use only (NVIDIA's licence).",
+}
+
+
+class WeightsWriter:
+    """Writes a weights directory: everything goes to a temporary folder, which gets the final name at the end.
+
+    Use as a context manager; after an exception nothing is left.
+
+    Raises:
+        InputError: `directory` exists already and is not empty.
+    """
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+            raise InputError(
+                "exists already and is not an empty folder", where=self.directory,
+                expected="a folder that does not exist yet", fix="choose another name or remove it",
+            )
+        self.components, self.provenance = {}, {}
+
+    def __enter__(self):
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}-", dir=self.directory.parent))
+        return self
+
+    def component(self, name, config, specs, leaves, provenance):
+        """Writes one component.
+
+        Args:
+            specs: {our name: Spec}; leaves: iterable of (our name, array), each exactly once.
+            provenance: JSON-ready note of where the values come from.
+        """
+        safetensors_io.write(self._temporary / f"{name}.safetensors", specs, leaves, {"format": "animecolor-jax"})
+        self.components[name] = configs.config_to_dict(config)
+        self.provenance[name] = provenance
+
+    def scheduler(self, config, provenance):
+        """Records the noise schedule."""
+        self.components["scheduler"] = configs.config_to_dict(config)
+        self.provenance["scheduler"] = provenance
+
+    @property
+    def tokenizer_directory(self):
+        """Where the tokenizer's files go, made on first use."""
+        path = self._temporary / "tokenizer"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def __exit__(self, exception_type, *_):
+        if exception_type is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            return
+        text = {
+            "format_version": configs.FORMAT_VERSION,
+            "preset": _preset_name(self.components),
+            "components": self.components,
+            "provenance": self.provenance,
+            "licences": {name: LICENCES[name] for name in self.components if name in LICENCES},
+        }
+        (self._temporary / "config.json").write_text(json.dumps(text, indent=2) + "\n")
+        os.chmod(self._temporary, 0o755)
+        if self.directory.exists():
+            self.directory.rmdir()
+        os.replace(self._temporary, self.directory)
+
+
+def _preset_name(components):
+    """The preset that all components belong to, else "custom"."""
+
+    def without_runtime(values):
+        return {k: v for k, v in values.items() if k not in ("dtype", "attention")}
+
+    for name, known in configs.PRESETS.items():
+        wanted = {
+            part: json.loads(json.dumps(without_runtime(configs.config_to_dict(getattr(known, part)))))
+            for part in configs.CONFIG_CLASSES
+        }
+        given = {part: json.loads(json.dumps(without_runtime(values))) for part, values in components.items()}
+        if all(wanted[part] == values for part, values in given.items() if part != "scheduler"):
+            return name
+    return "custom"
+
+
+class Weights:
+    """A weights directory, opened: `config` is its `AnimeColorConfig`, networks are loaded by name.
+
+    Raises:
+        InputError: not a weights directory, another format version, or a config that does not parse.
+    """
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        path = self.directory / "config.json"
+        if not path.is_file():
+            raise InputError(
+                "no weights directory: config.json is missing", where=self.directory,
+                expected="a directory written by tools/convert_torch.py or by training",
+                fix="convert the PyTorch checkpoint: python tools/convert_torch.py --source PATH --out WEIGHTS",
+            )
+        try:
+            values = json.loads(path.read_text())
+            version, components = values["format_version"], values["components"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"cannot be read: {error!r}", where=path, expected="config.json of a weights directory",
+                fix="convert the checkpoint again; a PyTorch directory must be converted first",
+            ) from error
+        if version != configs.FORMAT_VERSION:
+            raise InputError(
+                f"format version {version!r}", where=path, expected=f"version {configs.FORMAT_VERSION}",
+                fix="convert the checkpoint again with this version",
+            )
+        unknown = sorted(set(components) - set(configs.CONFIG_CLASSES))
+        if unknown:
+            raise InputError(f"unknown components {unknown}", where=path, expected=f"{configs.COMPONENTS}")
+        self.values = values
+        self.config = configs.AnimeColorConfig(
+            preset=values.get("preset", "custom"),
+            **{
+                name: configs.config_from_dict(configs.CONFIG_CLASSES[name], component, f"{path}: {name}")
+                for name, component in components.items()
+            },
+        )
+
+    def require(self, *names):
+        """Raises one InputError naming every component of `names` that the directory lacks."""
+        missing = [
+            name for name in names
+            if getattr(self.config, name) is None
+            or (name in configs.COMPONENTS and not (self.directory / f"{name}.safetensors").is_file())
+        ]
+        if missing:
+            raise InputError(
+                f"lacks {', '.join(missing)}", where=self.directory, expected=f"{', '.join(names)}",
+                fix="convert again with these sources: "
+                + " ".join(f"--source {name}=PATH" for name in missing),
+            )
+
+    def load(self, name, *, dtype=None, mesh=None, **overrides):
+        """One network with its parameters.
+
+        Args:
+            name: one of `config.COMPONENTS`.
+            dtype: of parameters and computation; default: as stored.
+            mesh: a `jax.sharding.Mesh`; each host then reads only the slices of its devices.
+            overrides: runtime fields of the component's config, such as `attention`.
+
+        Raises:
+            InputError: the component is not there, damaged, or does not fit its config.
+        """
+        self.require(name)
+        config = getattr(self.config, name)
+        config = dataclasses.replace(config, dtype=dtype or config.dtype, **overrides)
+        path = self.directory / f"{name}.safetensors"
+        with safetensors_io.Reader(path) as reader:
+            expected = abstract(name, config)
+            params.conform(reader.specs, expected, what=path)
+            leaves = {}
+            for key, leaf in reader.specs.items():
+                cast = config.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+                leaves[key] = _place(reader, key, leaf.shape, jnp.dtype(cast), mesh)
+        graphdef, _ = params.abstract(creator(name, config))
+        return nnx.merge(graphdef, params.unflatten(leaves))
+
+
+def _place(reader, name, shape, dtype, mesh):
+    if mesh is None:
+        return jnp.asarray(reader.read(name).astype(dtype, copy=False))
+    placement = sharding.parameter_sharding(name, shape, mesh)
+    return jax.make_array_from_callback(
+        shape, placement, lambda index: np.asarray(reader.read_slice(name, index)).astype(dtype, copy=False)
+    )
+
+
+def write_initial(directory, config, seed=0):
+    """A weights directory with freshly initialised networks and a byte-level tokenizer: for demos and tests."""
+    with WeightsWriter(directory) as writer:
+        for number, name in enumerate(configs.COMPONENTS):
+            component = getattr(config, name)
+            if component is None:
+                continue
+            leaves = initial_leaves(name, component, seed + number)
+            note = {"initialised": f"randomly, seed {seed}: untrained"}
+            writer.component(name, component, abstract(name, component), leaves, note)
+        writer.scheduler(config.scheduler, {"initialised": "defaults"})
+        Tokenizer.save_byte_level(writer.tokenizer_directory)
