@@ -1,0 +1,246 @@
+"""What tools/benchmark.py measures. Both sides run in one process, warmed up, alternating; PyTorch is imported only
+where a comparison asks for it."""
+
+import dataclasses
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from animecolor_jax import denoise
+from animecolor_jax.config import HCEConfig, SchedulerConfig, TransformerConfig, VAEConfig
+from animecolor_jax.convert.transformer import config_to_torch as transformer_to_torch
+from animecolor_jax.convert.vae import config_to_torch as vae_to_torch
+from animecolor_jax.models.animecolor import AnimeColor, Conditions
+from animecolor_jax.networks import fresh
+from animecolor_jax.sampling import init_state, make_sampler
+
+# Shapes of reference.md's targets: latents (T, H, W), or frames of pixels for the VAE.
+SMALL_DIT = TransformerConfig(
+    num_layers=8, num_heads=8, text_dim=1024, sample_height=30, sample_width=48, sample_frames=17
+)
+SMALL_VAE = VAEConfig(block_out_channels=(32, 64, 64, 128))
+CPU_CLIP, CPU_STEPS = (5, 30, 48), 4
+RADIO_TOKENS = 15 * 24 // 2
+CLIP_2B, BANK_2B, COLORS_2B = 17550, 1350, 32
+
+
+def alternate(sides, repeats):
+    """Times functions in turn.
+
+    Args:
+        sides: {name: function that returns when its work is done}. repeats: rounds after a warm-up of each.
+
+    Returns:
+        {name: seconds of each round}.
+    """
+    for run in sides.values():
+        run()
+    seconds = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def result(name, shape, sides, repeats, unit="s"):
+    """One line of the report: medians, and the median of the ratios theirs / ours round by round."""
+    seconds = alternate(sides, repeats)
+    ratio = None
+    if "theirs" in seconds:
+        ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True))
+    return {
+        "name": name, "shape": shape, "dtype": "float32", "unit": unit,
+        "ours": statistics.median(seconds["ours"]),
+        "theirs": statistics.median(seconds["theirs"]) if ratio is not None else None,
+        "ratio": ratio,
+    }
+
+
+def compiled(function, *args):
+    """Function of nothing that runs the jitted `function` to its end."""
+    run = jax.jit(function)
+    return lambda: jax.block_until_ready(run(*args))
+
+
+def normal(seed, *shape):
+    """Standard normal float32 array."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+def torch_transformer(config):
+    """diffusers' transformer of the same size, random weights."""
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+    torch.manual_seed(0)
+    values = {key: value for key, value in transformer_to_torch(config).items() if not key.startswith("_")}
+    return CogVideoXTransformer3DModel(**values).eval()
+
+
+def forward(against, repeats):
+    """One forward pass of a plain diffusion transformer."""
+    frames, height, width = CPU_CLIP
+    config = SMALL_DIT
+    latents, text = normal(0, 1, *CPU_CLIP, 16), normal(1, 1, config.text_length, config.text_dim)
+    model = fresh("denoiser", config, 0)
+    sides = {"ours": compiled(lambda m, *xs: m(*xs), model, latents, text, jnp.array([500]))}
+    if against == "torch":
+        import torch
+
+        theirs = torch_transformer(config)
+        arrays = torch.tensor(np.asarray(latents.transpose(0, 1, 4, 2, 3))), torch.tensor(np.asarray(text))
+
+        def run():
+            with torch.inference_mode():
+                theirs(*arrays, torch.tensor([500]), return_dict=False)
+
+        sides["theirs"] = run
+    tokens = frames * height * width // 4 + config.text_length
+    return [result("DiT forward", f"8 blocks x 512, {tokens} tokens", sides, repeats)]
+
+
+def vae(against, repeats):
+    """Encoding and decoding 9 frames of 128x192 at quarter width."""
+    model = fresh("vae", SMALL_VAE, 0)
+    video, latents = normal(0, 1, 9, 128, 192, 3), normal(1, 1, 3, 16, 24, 16)
+    sides = {
+        "VAE encode": {"ours": compiled(lambda m, x: m.encode(x), model, video)},
+        "VAE decode": {"ours": compiled(lambda m, x: m.decode(x), model, latents)},
+    }
+    if against == "torch":
+        import torch
+        from diffusers import AutoencoderKLCogVideoX
+
+        values = {key: value for key, value in vae_to_torch(SMALL_VAE).items() if not key.startswith("_")}
+        theirs = AutoencoderKLCogVideoX(**values).eval()
+        theirs.num_sample_frames_batch_size = SMALL_VAE.encode_chunk
+
+        def run(method, x):
+            array = torch.tensor(np.asarray(x.transpose(0, 4, 1, 2, 3)))
+
+            def call():
+                with torch.inference_mode():
+                    method(array)
+
+            return call
+
+        sides["VAE encode"]["theirs"] = run(theirs.encode, video)
+        sides["VAE decode"]["theirs"] = run(theirs.decode, latents)
+    return [result(name, "9x128x192, channels 32-128", pair, repeats) for name, pair in sides.items()]
+
+
+def denoise_loop(model, latents, sketch, text, conditions, sampler, rebuild=None):
+    """All steps with guidance; `rebuild` makes the conditions anew in every step, as if nothing were cached."""
+    layout = denoise.Layout.of([0], latents.shape[1])
+    step = denoise.denoise_step if rebuild is None else _uncached_step
+    state = init_state(sampler, latents)
+    latents = jnp.array(latents)  # the step donates its argument
+    for i in range(sampler.num_calls):
+        latents, state, _ = step(
+            model, latents, state, sketch, text, conditions if rebuild is None else rebuild, None, sampler, 6.0, i,
+            None, layout.weights, layout.index, dtype="float32",
+        )
+    return jax.block_until_ready(latents)
+
+
+@jax.jit
+def _conditions(model, reference):
+    return model.conditions(*reference)
+
+
+def _uncached_step(model, latents, state, sketch, text, reference, *rest, dtype):
+    """Bank keys and values, colour tokens and their keys and values once more, the LCG's pass left out: the official
+    code caches that as well."""
+    bank, summary, features = reference
+    conditions = _project(model, bank, summary, features)
+    return denoise.denoise_step(model, latents, state, sketch, text, conditions, *rest, dtype=dtype)
+
+
+@jax.jit
+def _project(model, bank, summary, features):
+    return Conditions(model.denoiser.project_bank(bank), model.hce.key_value(model.color_tokens(summary, features)))
+
+
+def denoising(against, repeats):
+    """The denoising loop with guidance: plain CogVideoX against PyTorch, AnimeColor cached against uncached."""
+    sampler = make_sampler("ddim", CPU_STEPS, SchedulerConfig())
+    latents, text = normal(0, 1, *CPU_CLIP, 16), normal(1, 2, SMALL_DIT.text_length, SMALL_DIT.text_dim)
+    shape = f"{CPU_STEPS} steps, guidance, {'x'.join(map(str, CPU_CLIP))} latents"
+    if against == "uncached":
+        return [_animecolor_loop(latents, text, sampler, shape, repeats), flops_2b()]
+    model = AnimeColor(fresh("denoiser", SMALL_DIT, 0))
+    nothing, empty = Conditions(None, None), jnp.zeros((1, *CPU_CLIP, 0))
+    sides = {"ours": lambda: denoise_loop(model, latents, empty, text, nothing, sampler)}
+    if against == "torch":
+        sides["theirs"] = _torch_loop(latents, text)
+    return [result("plain CogVideoX denoise loop", shape, sides, repeats)]
+
+
+def _torch_loop(latents, text):
+    import torch
+    from diffusers import DDIMScheduler
+
+    from animecolor_jax.convert.scheduler import config_to_torch
+
+    model = torch_transformer(SMALL_DIT)
+    scheduler = DDIMScheduler.from_config(config_to_torch(SchedulerConfig()))
+    start = torch.tensor(np.asarray(latents.transpose(0, 1, 4, 2, 3)))
+    embeds = torch.tensor(np.asarray(text))
+
+    def run():
+        with torch.inference_mode():
+            scheduler.set_timesteps(CPU_STEPS)
+            x = start
+            for t in scheduler.timesteps:
+                v = model(torch.cat([x, x]), embeds, t.expand(2), return_dict=False)[0]
+                uncond, cond = v.chunk(2)
+                x = scheduler.step(uncond + 6.0 * (cond - uncond), t, x, return_dict=False)[0]
+
+    return run
+
+
+def _animecolor_loop(latents, text, sampler, shape, repeats):
+    denoiser = dataclasses.replace(SMALL_DIT, in_channels=32)
+    extractor = HCEConfig(model_dim=denoiser.dim, num_cross=4)
+    parts = [("denoiser", denoiser), ("lcg", SMALL_DIT), ("hce", extractor)]
+    model = AnimeColor(*(fresh(name, config, 0) for name, config in parts))
+    reference = (
+        normal(2, 1, 1, *CPU_CLIP[1:], 16), normal(3, 1, 1, extractor.summary_dim),
+        normal(4, 1, 1, RADIO_TOKENS, extractor.feature_dim),
+    )
+    conditions = _conditions(model, reference)
+    bank = jax.jit(lambda m, x: m.bank(x))(model, reference[0])
+    uncached = (bank, *reference[1:])
+    sides = {
+        "ours": lambda: denoise_loop(model, latents, latents, text, conditions, sampler),
+        "theirs": lambda: denoise_loop(model, latents, latents, text, conditions, sampler, rebuild=uncached),
+    }
+    return result("AnimeColor denoise loop, cached against uncached", shape, sides, repeats)
+
+
+def flops_2b():
+    """Cached against uncached for one guided step of the 2B model at 49x480x720, by counting multiplications."""
+    config, hce = TransformerConfig(in_channels=32), HCEConfig()
+    tokens, width = CLIP_2B + config.text_length, config.dim
+    block = 2 * tokens * (4 + 8) * width**2 + 4 * tokens * (tokens + BANK_2B) * width
+    inner = hce.cross_num_heads * hce.cross_head_dim
+    cross = 4 * CLIP_2B * inner * width + 4 * CLIP_2B * COLORS_2B * inner
+    step = 2 * (config.num_layers * block + hce.num_cross * cross)
+    queries = COLORS_2B + 1 + BANK_2B
+    qformer = hce.depth * (
+        2 * queries * (hce.dim * hce.num_heads * hce.head_dim * 6 + 2 * hce.ff_mult * hce.dim**2)
+        + 8 * queries**2 * hce.num_heads * hce.head_dim
+    ) + 2 * BANK_2B * hce.dim * (hce.feature_dim + 2 * hce.dim)
+    # the reference projects the bank in both branches; the Q-Former runs once and its tokens are doubled
+    again = 2 * config.num_layers * 4 * BANK_2B * width**2 + qformer
+    again += 2 * hce.num_cross * 4 * COLORS_2B * hce.output_dim * inner
+    return {
+        "name": "AnimeColor step, cached against uncached, by FLOPs", "shape": "2B, 49x480x720, guidance",
+        "dtype": "any", "unit": "TFLOP", "ours": step / 1e12, "theirs": (step + again) / 1e12,
+        "ratio": (step + again) / step,
+    }

@@ -1,0 +1,168 @@
+"""The jitted pieces of inference: encoders, the once-per-clip conditions, one denoising step, decoding.
+
+Every function takes its network as an argument (modules are pytrees), so that one compilation serves every call
+of the same shapes. Latents are [B, T, H, W, C], pixels [B, T, H, W, 3].
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from animecolor_jax import canvas
+from animecolor_jax.models import positions
+from animecolor_jax.models.vae import posterior
+from animecolor_jax.sampling import guide, scale_input, step
+
+
+@jax.jit
+def encode_text(text_encoder, ids):
+    """[B, L] int32 -> [B, L, D]; padding takes part, as in the reference."""
+    return text_encoder(ids)
+
+
+@jax.jit
+def encode_image(image_encoder, pixels):
+    """[B, H, W, 3] in [0, 1] -> RADIO's summary [B, K E] and features [B, N, E]."""
+    return image_encoder(pixels)
+
+
+@jax.jit
+def encode_chunk(vae, chunk, cache):
+    """[B, T, H, W, 3] in [-1, 1] -> moments and the cache for the next chunk."""
+    return vae.encode_chunk(chunk, cache)
+
+
+@jax.jit
+def decode_chunk(vae, chunk, cache):
+    """Scaled latents -> [B, T, H, W, 3] uint8-ready float32 in [0, 1], and the cache for the next chunk."""
+    frames, cache = vae.decode_chunk(chunk / jnp.asarray(vae.config.scaling_factor, chunk.dtype), cache)
+    return jnp.clip(frames.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0), cache
+
+
+def sketch_latents(vae, moments):
+    """Moments -> scaled mode: nothing of the line art is random."""
+    mean, _ = posterior(moments)
+    return mean * jnp.asarray(vae.config.scaling_factor, mean.dtype)
+
+
+def reference_latents(vae, moments, noise):
+    """Moments and noise [B, T, H, W, C] -> scaled sample."""
+    mean, std = posterior(moments)
+    return (mean + std * noise.astype(mean.dtype)) * jnp.asarray(vae.config.scaling_factor, mean.dtype)
+
+
+@jax.jit
+def make_conditions(model, reference, summary, features):
+    """`AnimeColor.conditions`, compiled: once per clip."""
+    return model.conditions(reference, summary, features)
+
+
+def rotary_table(config, size):
+    """Rotary table of a clip of `size` = (T, H, W) latents, or None for a model with sincos positions."""
+    if not config.rope:
+        return None
+    frames, height, width = size
+    patch = config.patch_size
+    grid, base = (height // patch, width // patch), (config.sample_height // patch, config.sample_width // patch)
+    return positions.rope_table(config.head_dim, frames, grid, positions.grid_crop(grid, base))
+
+
+def predict(model, latents, sketch, text, timestep, conditions, rope):
+    """The network's v for every text: guidance varies the text only, all else is shared.
+
+    Args:
+        latents, sketch: [1, T, H, W, C]; text: [G, L, D], negative first; timestep: scalar.
+
+    Returns:
+        [G, T, H, W, C].
+    """
+    branches = len(text)
+    latents, sketch = (jnp.broadcast_to(x, (branches, *x.shape[1:])) for x in (latents, sketch))
+    return model(latents, sketch, text, jnp.full(branches, timestep), conditions, rope)
+
+
+class Layout(NamedTuple):
+    """How the windows of a clip share its latent frames; one window is the plain case.
+
+    Attributes:
+        weights: [W, T] float32, summing to 1 over the windows of each latent frame of the clip.
+        index: [W, T] int32, the latent frame in the clip; a later window's first latent holds a single frame
+            and is its own, numbered from `total` on.
+        total: latent frames of the clip.
+    """
+
+    weights: np.ndarray
+    index: np.ndarray
+    total: int
+
+    @classmethod
+    def of(cls, starts, length):
+        """Layout of windows of `length` latents that start at the frames `starts`."""
+        index = canvas.latent_index(starts, length)
+        total = int(index.max()) + 1
+        weights = np.where(index < 0, 1.0, canvas.blend_weights(starts, length, total)).astype(np.float32)
+        own = total + np.arange(len(starts), dtype=np.int32)[:, None]
+        return cls(weights, np.where(index < 0, own, index), total)
+
+    def spread(self, key, shape):
+        """Standard normal [W, T, *shape], equal where windows overlap."""
+        count = self.total + len(self.index)
+        return jax.random.normal(key, (count, *shape))[self.index]
+
+    def join(self, latents):
+        """[W, T, ...] -> the clip's latents [1, total, ...]."""
+        _, first = np.unique(self.index, return_index=True)
+        return latents.reshape(-1, *latents.shape[2:])[first[: self.total]][None]
+
+
+def blend(v, weights, index):
+    """Makes windows agree: v [W, T, ...] -> each latent frame the weighted mean over the windows that hold it."""
+    weighted = v * weights.reshape(*weights.shape, *(1,) * (v.ndim - 2))
+    bound = weights.size + len(weights)  # no index is larger
+    total = jax.ops.segment_sum(weighted.reshape(-1, *v.shape[2:]), index.reshape(-1), num_segments=bound)
+    return total[index]
+
+
+@partial(jax.jit, static_argnames=("dtype", "mesh"), donate_argnames=("latents", "state"))
+def denoise_step(
+    model, latents, state, sketch, text, conditions, rope, sampler, guidance_scale, i, noise, weights, index,
+    *, dtype, mesh=None,
+):
+    """One call of the network for every window, guidance, blending and the sampler's update.
+
+    Args:
+        latents: [W, T, H, W, C], one row per window of the clip, equal where windows overlap.
+        state: the sampler's history. sketch: [W, T, H, W, C].
+        text: [2, L, D], negative first, or [1, L, D] for no guidance.
+        i: index of the call. noise: like latents, or None if the sampler draws none.
+        weights, index: of the `Layout`.
+        dtype: of the latents between steps (the reference rounds them to the network's dtype).
+
+    Returns:
+        (latents, state, whether all latents are finite).
+    """
+    inputs = scale_input(sampler, latents, i).astype(dtype)
+    timestep = jnp.asarray(sampler.timesteps)[i]
+
+    def one_window(xs):
+        window, window_sketch = (shard_latents(x[None], mesh) for x in xs)
+        v = predict(model, window, window_sketch, text, timestep, conditions, rope)
+        return guide(v[0], v[1], guidance_scale) if len(v) == 2 else v[0].astype(jnp.float32)
+
+    v = blend(jax.lax.map(one_window, (inputs, sketch)), weights, index)
+    latents, state = step(sampler, v, latents, state, i, noise)
+    latents = latents.astype(dtype)
+    return latents, state, jnp.isfinite(latents).all()
+
+
+def shard_latents(x, mesh):
+    """Places latents [B, T, H, W, C] on the mesh, rows over `context` where they divide; None is one device."""
+    if mesh is None:
+        return x
+    rows = "context" if x.shape[2] % mesh.shape["context"] == 0 else None
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, None, rows)))

@@ -1,0 +1,277 @@
+"""Sketch + reference + prompt -> coloured video."""
+
+import contextlib
+import sys
+import time
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from animecolor_jax import canvas, denoise
+from animecolor_jax.errors import InputError
+from animecolor_jax.models.animecolor import AnimeColor
+from animecolor_jax.models.vae import decode_slices, encode_slices
+from animecolor_jax.sampling import dynamic_guidance_scale, init_state, make_sampler
+from animecolor_jax.tokenizer import Tokenizer
+from animecolor_jax.weights import Weights
+
+NEGATIVE_PROMPT = (
+    "The video is not of a high quality, it has a low resolution. Watermark present in each frame. The "
+    "background is solid. Strange body and strange trajectory. Distortion. "
+)
+
+
+class Noise(NamedTuple):
+    """All randomness of a run, so that it can be repeated elsewhere.
+
+    Attributes:
+        reference: [K, 1, h, w, C] for the sampled latents of K references; latents: [T, h, w, C] initial latents.
+    """
+
+    reference: np.ndarray
+    latents: np.ndarray
+
+
+class Pipeline:
+    """Everything that colours a clip. Load it once, call it for every clip.
+
+    Attributes:
+        seconds: how long the stages of the last call took, {"encode", "denoise", "decode"}.
+
+    Example:
+        pipeline = Pipeline.load("weights/")
+        video = pipeline(sketch, reference, prompt="...", key=jax.random.key(43))
+    """
+
+    def __init__(self, model, vae, text_encoder, image_encoder, tokenizer, scheduler, mesh=None):
+        self.model, self.vae = model, vae
+        self.text_encoder, self.image_encoder = text_encoder, image_encoder
+        self.tokenizer, self.scheduler, self.mesh = tokenizer, scheduler, mesh
+        self.seconds = {}
+
+    @classmethod
+    def load(cls, directory, *, dtype=None, mesh=None, attention="auto"):
+        """Reads a weights directory.
+
+        Args:
+            dtype: of parameters and computation, default as stored.
+            mesh: a `sharding.make_mesh`, or None for one device.
+            attention: backend of `models.attention`.
+
+        Raises:
+            InputError: not a weights directory, or one that lacks a network; without LCG or HCE the reference
+                would have no effect through that path, so both are required.
+        """
+        weights = Weights(directory)
+        weights.require("denoiser", "lcg", "hce", "vae", "text_encoder", "image_encoder", "scheduler")
+        tokenizer = Tokenizer.load(weights.directory / "tokenizer")
+
+        def load(name, **overrides):
+            return weights.load(name, dtype=dtype, mesh=mesh, **overrides)
+
+        model = AnimeColor(
+            load("denoiser", attention=attention), lcg=load("lcg", attention=attention), hce=load("hce")
+        )
+        encoders = {name: load(name) for name in ("vae", "text_encoder", "image_encoder")}
+        return cls(model, tokenizer=tokenizer, scheduler=weights.config.scheduler, mesh=mesh, **encoders)
+
+    @property
+    def dtype(self):
+        """Compute dtype of the denoiser, and of the latents between steps."""
+        return self.model.denoiser.config.dtype
+
+    def check(self, num_frames, *, num_steps=50, sampler="ddim", window=49, overlap=16):
+        """Raises InputError for numbers that the model cannot run, before any work."""
+        make_sampler(sampler, num_steps, self.scheduler)
+        config = self.model.denoiser.config
+        if not config.rope and window > config.sample_frames:
+            raise InputError(
+                f"windows of {window} frames", where="--window",
+                expected=f"at most {config.sample_frames}, the model's position table",
+                fix=f"use --window {config.sample_frames}",
+            )
+        canvas.windows(canvas.padded_length(num_frames), window, overlap)
+
+    def __call__(
+        self, sketch, reference, *, prompt="", negative_prompt=NEGATIVE_PROMPT, num_steps=50, guidance_scale=6.0,
+        dynamic_guidance=False, sampler="ddim", key=None, noise=None, window=49, overlap=16, strict_reference=False,
+        progress=None,
+    ):
+        """Colours a clip.
+
+        Args:
+            sketch: [T, H, W, 3] uint8, dark lines on white, any size and length.
+            reference: [H, W, 3] uint8, or a list of several references.
+            prompt, negative_prompt: text; the negative one is used if guidance_scale > 1.
+            num_steps, sampler: see `sampling.make_sampler`.
+            guidance_scale: 1 means no guidance. dynamic_guidance: let it rise with the step.
+            key: `jax.random.key`, default 43; the same key repeats a run bit for bit on the same device.
+            noise: `Noise` to use in place of random numbers.
+            window, overlap: frames; a longer clip is coloured in overlapping windows.
+            strict_reference: treat sizes as the official script does: the reference sets the canvas, the clip
+                is stretched to it and cut to 4k+1 frames, at most 49.
+            progress: show progress bars; default: if stderr is a terminal.
+
+        Returns:
+            [T, H, W, 3] uint8 of exactly the sketch's size and length (not with strict_reference).
+
+        Raises:
+            InputError: numbers or noise that do not fit the clip.
+            NonFiniteError: the latents became infinite or not a number.
+        """
+        references = reference if isinstance(reference, list | tuple) else [reference]
+        key = jax.random.key(43) if key is None else key
+        self.check(len(sketch), num_steps=num_steps, sampler=sampler, window=window, overlap=overlap)
+        frames, images, restore = self.prepare(sketch, references, strict_reference)
+        starts = [0] if strict_reference else canvas.windows(len(frames), window, overlap)
+        length = len(frames) if len(starts) == 1 else window
+        show = sys.stderr.isatty() if progress is None else progress
+        self.seconds = {}
+        stage = partial(_stage, seconds=self.seconds, show=show)
+
+        texts = [negative_prompt, prompt] if guidance_scale > 1 else [prompt]
+        ids = self.tokenizer(texts, self.model.denoiser.config.text_length)
+        with stage("encode", 3 + len(starts) * len(encode_slices(length, self.vae.config))) as bar:
+            text = denoise.encode_text(self.text_encoder, jnp.asarray(ids))
+            bar.update()
+            summary, features = denoise.encode_image(self.image_encoder, jnp.asarray(images) / 255)
+            bar.update()
+            moments = self.encode(images[:, None], bar)  # [K, 1, h, w, 2C]
+            windows = [self.encode(frames[None, start : start + length], bar) for start in starts]
+            sketch = denoise.sketch_latents(self.vae, jnp.concatenate(windows))
+            layout = denoise.Layout.of(starts, sketch.shape[1])
+            reference_key, latents_key, step_key = jax.random.split(key, 3)
+            latent_shape = sketch.shape[2:]
+            if noise is None:
+                noise = Noise(
+                    jax.random.normal(reference_key, (len(images), 1, *latent_shape)),
+                    layout.spread(latents_key, latent_shape),
+                )
+            else:
+                noise = _check_noise(noise, len(images), layout, latent_shape)
+            references = denoise.reference_latents(self.vae, moments, noise.reference)  # [K, 1, h, w, C]
+            conditions = denoise.make_conditions(self.model, references[:, 0][None], summary[None], features[None])
+        with stage("denoise", make_sampler(sampler, num_steps, self.scheduler).num_calls) as bar:
+            latents = self.denoise(
+                noise.latents, sketch, text, conditions, layout, num_steps=num_steps, sampler=sampler,
+                guidance_scale=guidance_scale, dynamic_guidance=dynamic_guidance, key=step_key, bar=bar,
+            )
+        latents = layout.join(latents)
+        with stage("decode", len(decode_slices(latents.shape[1], self.vae.config))) as bar:
+            return restore(self.decode(latents, bar))
+
+    def prepare(self, sketch, references, strict=False):
+        """Brings clip and references onto the canvas.
+
+        Returns:
+            frames [F, H, W, 3] and images [K, H, W, 3], uint8, and the function that undoes it for the result.
+        """
+        multiple = self.vae.config.spatial_compression * self.model.denoiser.config.patch_size
+        height, width = sketch.shape[1:3]
+        if strict:
+            size = canvas.strict_canvas(references[0].shape[:2])
+            frames = canvas.resize_video_bilinear(sketch[: canvas.strict_frame_count(len(sketch))], size)
+            return frames, np.stack([canvas.resize_exact(image, size) for image in references]), lambda video: video
+        size = canvas.fit_size(height, width, multiple)
+        frames = canvas.pad_length(canvas.pad_frames(sketch, size))
+        images = np.stack([canvas.fit_reference(image, size) for image in references])
+        return frames, images, lambda video: canvas.crop(video, height, width)[: len(sketch)]
+
+    def encode(self, frames, bar=None):
+        """[B, T, H, W, 3] uint8 -> the VAE's moments [B, t, h, w, 2C], chunk by chunk."""
+        moments, cache = [], None
+        for part in encode_slices(frames.shape[1], self.vae.config):
+            pixels = jnp.asarray(frames[:, part], jnp.float32) / 255 * 2 - 1
+            chunk, cache = denoise.encode_chunk(self.vae, pixels, cache)
+            moments.append(chunk)
+            if bar is not None:
+                bar.update()
+        return jnp.concatenate(moments, axis=1)
+
+    def denoise(
+        self, latents, sketch, text, conditions, layout, *, num_steps, sampler="ddim", guidance_scale=6.0,
+        dynamic_guidance=False, key=None, bar=None,
+    ):
+        """The denoising loop, over all windows at once.
+
+        Args:
+            latents: [W, T, h, w, C] standard normal, equal where windows overlap. sketch: likewise, scaled latents.
+            text: [2 or 1, L, D]. conditions: from `denoise.make_conditions`. layout: `denoise.Layout`.
+            key: for samplers that draw noise.
+
+        Returns:
+            [W, T, h, w, C].
+
+        Raises:
+            NonFiniteError: at the first step after which a latent is not finite.
+        """
+        tables = make_sampler(sampler, num_steps, self.scheduler)
+        rope = denoise.rotary_table(self.model.denoiser.config, latents.shape[1:4])
+        latents = (jnp.asarray(latents) * tables.init_noise_sigma).astype(self.dtype)
+        state, finite = init_state(tables, latents), []
+        for i in range(tables.num_calls):
+            noise = layout.spread(jax.random.fold_in(key, i), latents.shape[2:]) if tables.draws_noise else None
+            scale = dynamic_guidance_scale(guidance_scale, i, tables.num_calls) if dynamic_guidance else guidance_scale
+            latents, state, ok = denoise.denoise_step(
+                self.model, latents, state, sketch, text, conditions, rope, tables, scale, i, noise,
+                layout.weights, layout.index, dtype=self.dtype, mesh=self.mesh,
+            )
+            finite.append(ok)
+            if i:  # one step behind, so that the device always has the next one to do
+                self._check_finite(finite[i - 1], i - 1, sampler)
+            if bar is not None:
+                bar.update()
+        self._check_finite(finite[-1], tables.num_calls - 1, sampler)
+        return latents
+
+    def _check_finite(self, finite, step, sampler):
+        if not bool(finite):
+            raise NonFiniteError(
+                f"latents are not finite after step {step} of {sampler} in {self.dtype}: the weights are damaged, or "
+                "the dtype is too narrow (float16 overflows: use bfloat16 or float32)"
+            )
+
+    def decode(self, latents, bar=None):
+        """[1, t, h, w, C] scaled latents -> [T, H, W, 3] uint8, chunk by chunk."""
+        video, cache = [], None
+        for part in decode_slices(latents.shape[1], self.vae.config):
+            chunk, cache = denoise.decode_chunk(self.vae, latents[:, part], cache)
+            video.append(np.asarray(jnp.round(chunk[0] * 255).astype(jnp.uint8)))
+            if bar is not None:
+                bar.update()
+        return np.concatenate(video)
+
+
+class NonFiniteError(FloatingPointError):
+    """A latent became infinite or not a number."""
+
+
+@contextlib.contextmanager
+def _stage(name, total, seconds, show):
+    """A progress bar around one stage, whose duration goes into `seconds`."""
+    began = time.perf_counter()
+    with tqdm(total=total, desc=name, disable=not show) as bar:
+        yield bar
+    seconds[name] = time.perf_counter() - began
+
+
+def _check_noise(noise, num_references, layout, latent_shape):
+    """The given noise as arrays laid out over the windows."""
+    wanted = {"reference": (num_references, 1, *latent_shape), "latents": (layout.total, *latent_shape)}
+    for name, shape in wanted.items():
+        got = tuple(getattr(noise, name).shape)
+        if got != shape:
+            raise InputError(
+                f"{name} noise has shape {got}", where="--noise", expected=f"{shape} (latents are channel-last here)",
+                fix="record it at the size of this clip's canvas",
+            )
+    if len(layout.index) > 1:
+        raise InputError(
+            f"the clip needs {len(layout.index)} windows", where="--noise", expected="a clip that fits one window",
+            fix="leave --noise away, or shorten the clip",
+        )
+    return Noise(jnp.asarray(noise.reference, jnp.float32), jnp.asarray(noise.latents, jnp.float32)[None])

@@ -1,0 +1,52 @@
+"""Measures this implementation, and beside it PyTorch or itself without caching.
+
+    python tools/benchmark.py forward --against torch
+    python tools/benchmark.py vae --against torch
+    python tools/benchmark.py denoise --against torch
+    python tools/benchmark.py denoise --against uncached
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+from animecolor_jax import benchmarks, cli
+from animecolor_jax.errors import InputError
+
+MEASURES = {"forward": benchmarks.forward, "vae": benchmarks.vae, "denoise": benchmarks.denoising}
+
+
+@dataclass
+class Arguments:
+    """Measure speed; with --against, both sides in one run, alternating. Ratios are theirs / ours: above 1 we win."""
+
+    measure: Annotated[Literal["forward", "vae", "denoise"], tyro.conf.Positional]
+    """What to measure."""
+    against: Literal["none", "torch", "uncached"] = "none"
+    """The other side; "uncached" (denoise only) makes the reference's keys and values anew in every step."""
+    repeats: int = 5
+    """Rounds after the warm-up."""
+    json: bool = False
+    """Print one JSON object as the last line."""
+
+
+def run(args):
+    """Prints a line for each result."""
+    if args.against == "uncached" and args.measure != "denoise":
+        raise InputError("uncached", where="--against", expected="none or torch", fix="use it with denoise")
+    if args.repeats < 1:
+        raise InputError(f"{args.repeats}", where="--repeats", expected="1 or more")
+    results = MEASURES[args.measure](args.against, args.repeats)
+    for line in results:
+        against = "" if line["ratio"] is None else f"   theirs {line['theirs']:.3f}   ratio {line['ratio']:.2f}"
+        print(f"{line['name']} ({line['shape']}): {line['ours']:.3f} {line['unit']}{against}")
+    ratios = [line["ratio"] for line in results if line["ratio"] is not None]
+    return {
+        "device": jax.devices()[0].device_kind, "results": results, "ratio": min(ratios, default=None)
+    }, True
+
+
+if __name__ == "__main__":
+    cli.main(run, Arguments)
