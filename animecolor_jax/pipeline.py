@@ -134,7 +134,7 @@ class Pipeline:
         stage = partial(_stage, seconds=self.seconds, show=show)
 
         texts = [negative_prompt, prompt] if guidance_scale > 1 else [prompt]
-        ids = self.tokenizer(texts, self.model.denoiser.config.text_length)
+        ids = self._tokenize(texts)
         with stage("encode", 3 + len(starts) * len(encode_slices(length, self.vae.config))) as bar:
             text = denoise.encode_text(self.text_encoder, jnp.asarray(ids))
             bar.update()
@@ -163,6 +163,16 @@ class Pipeline:
         latents = layout.join(latents)
         with stage("decode", len(decode_slices(latents.shape[1], self.vae.config))) as bar:
             return restore(self.decode(latents, bar))
+
+    def _tokenize(self, texts):
+        ids = np.asarray(self.tokenizer(texts, self.model.denoiser.config.text_length))
+        if ids.max() >= self.text_encoder.config.vocab_size:
+            raise InputError(
+                f"token {ids.max()} in {texts}, the text encoder knows {self.text_encoder.config.vocab_size}",
+                where="tokenizer", expected="the tokenizer of this text encoder",
+                fix="convert again with --source tokenizer=PATH of the same checkpoint",
+            )
+        return ids
 
     def prepare(self, sketch, references, strict=False):
         """Brings clip and references onto the canvas.
