@@ -246,7 +246,7 @@ PRESETS = {
         "tiny",
         TransformerConfig(
             num_layers=4, num_heads=8, head_dim=8, in_channels=8, out_channels=4, time_embed_dim=32,
-            text_dim=32, text_length=32, sample_height=12, sample_width=20,
+            text_dim=32, text_length=192, sample_height=12, sample_width=20,
         ),
         hce=HCEConfig(
             dim=32, num_heads=4, head_dim=8, num_tokens=8, feature_dim=32, summary_dim=64, output_dim=48,

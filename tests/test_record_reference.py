@@ -13,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from animecolor_jax.convert.checkpoint import convert_checkpoint
+from animecolor_jax.errors import InputError
+from animecolor_jax.parity.check import check_fixture
 
 pytestmark = pytest.mark.torch
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -43,7 +46,7 @@ def checkpoint(tmp_path_factory):
         vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
     )).save_pretrained(root / "text_encoder")
     diffusers.CogVideoXDDIMScheduler(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
     ).save_pretrained(root / "scheduler")
     (root / "tokenizer").mkdir()
     sentencepiece.SentencePieceTrainer.train(
@@ -363,3 +366,18 @@ def test_a_sketch_that_does_not_play_is_refused(official, tool, tmp_path):
 def test_code_from_a_checkpoint_is_not_executed_unasked(official, tool):
     with pytest.raises(tool.InputError, match="allow-remote-code"):
         official("--synthetic", "--size", "32x48", features=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_recording_checks_our_converted_weights(dtype, checkpoint, recording, tmp_path):
+    out, tensors, _, _ = recording
+    convert_checkpoint(checkpoint, tmp_path / "weights")
+    result = check_fixture(out, weights=tmp_path / "weights", dtype=dtype)
+    assert result.passed, result.worst
+    outputs = {name.removeprefix("outputs/") for name in tensors if name.startswith("outputs/")}
+    assert set(result.errors) == outputs and result.not_compared == []
+
+
+def test_a_recording_without_weights_says_where_to_get_them(recording):
+    with pytest.raises(InputError, match="the recording holds no weights"):
+        check_fixture(recording[0])

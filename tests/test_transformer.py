@@ -20,6 +20,9 @@ from flax import nnx
 
 MANIFESTS = Path(__file__).parent / "fixtures" / "manifests"
 TINY = preset("tiny")
+TINY = dataclasses.replace(
+    TINY, **{name: dataclasses.replace(getattr(TINY, name), text_length=32) for name in ("denoiser", "lcg")}
+)
 
 
 def perturbed(network, seed):

@@ -70,20 +70,25 @@ def check_fixture(path, *, dtype="float32", attention="auto", tolerance=None, we
     kind, config = meta["kind"], meta["config"]
     wanted = {name.removeprefix("outputs/"): value for name, value in tensors.items() if name.startswith("outputs/")}
     result = Result(meta.get("name", Path(path).stem))
-    bound = _bounds(meta, dtype, tolerance, result)
+    half = dtype != "float32"
+    measures = {
+        name: _rms_error if half and np.issubdtype(value.dtype, np.floating) else _max_error
+        for name, value in wanted.items()
+    }
+    limits = {
+        name: _bound(meta, name, measure is _rms_error, tolerance) for name, measure in measures.items()
+    }
     if kind == "pipeline":
         ours = pipeline.pipeline(tensors, config, dtype, attention, weights)
     elif kind in KINDS:
         ours = KINDS[kind](tensors, config, dtype, attention)
     else:
         raise InputError(f"kind {kind!r}", where=path, expected=f"one of {', '.join([*KINDS, 'pipeline'])}")
-    limits = {name: bound(name) for name in wanted}
     result.not_compared = sorted(name for name, limit in limits.items() if limit is None)
     result.errors = {name: (np.inf, limit) for name, limit in limits.items() if limit is not None}
     for name, value in ours:
         if name in result.errors:
-            measure = _rms_error if dtype != "float32" and np.issubdtype(wanted[name].dtype, np.floating) else _max_error
-            result.errors[name] = measure(np.asarray(value), wanted[name]), limits[name]
+            result.errors[name] = measures[name](np.asarray(value), wanted[name]), limits[name]
     return result
 
 
@@ -104,24 +109,18 @@ def _read(path):
     return tensors, meta
 
 
-def _bounds(meta, dtype, override, result):
-    """Function from an output's name to its tolerance; None where it is not to be compared."""
-    rules = meta["tolerance"]
-    half = meta.get("bfloat16_vs_float32")
-
-    def bound(name):
-        key = f"outputs/{name}"
-        if any(fnmatch.fnmatchcase(key, pattern) for pattern in rules.get("skip", [])):
-            return None
-        if override is not None:
-            return override
-        if dtype != "float32":
-            entry = half and (half.get(key) or half.get(name))
-            return 1.5 * entry["rel_rms"] + 1e-3 if entry else None
-        matches = [value for pattern, value in rules.get("patterns", {}).items() if fnmatch.fnmatchcase(key, pattern)]
-        return matches[-1] if matches else rules["default"]
-
-    return bound
+def _bound(meta, name, half, override):
+    """An output's tolerance; None where it is not to be compared."""
+    rules, key = meta["tolerance"], f"outputs/{name}"
+    if any(fnmatch.fnmatchcase(key, pattern) for pattern in rules.get("skip", [])):
+        return None
+    if override is not None:
+        return override
+    if half:  # the rule of the fixtures' README: 1.5 times the reference's own error, plus 1e-3
+        entry = (meta.get("bfloat16_vs_float32") or {}).get(name)
+        return 1.5 * entry["rel_rms"] + 1e-3 if entry else None
+    matches = [value for pattern, value in rules.get("patterns", {}).items() if fnmatch.fnmatchcase(key, pattern)]
+    return matches[-1] if matches else rules["default"]
 
 
 def _max_error(ours, theirs):
