@@ -170,10 +170,11 @@ def step(sampler, v, x, state, i, noise=None):
         (x, state) after the call, float32. Between the calls of one step of `pndm`, x is an
         intermediate point.
     """
-    terms = jnp.concatenate([jnp.stack([x, v]).astype(jnp.float32), state])
+    terms = [jnp.asarray(x, jnp.float32), jnp.asarray(v, jnp.float32), *state]
     mix = jnp.asarray(sampler.mix)[i]
-    # a sum of products and no matrix product: those are not float32 on every accelerator
-    mixed = jnp.sum(mix.reshape(mix.shape + (1,) * x.ndim) * terms, axis=1)
+    # No matrix product: those are not float32 on every accelerator. And no reduction over stacked terms: XLA's CPU
+    # compiler (jaxlib 0.10.2) makes one of this rank that reads out of bounds.
+    mixed = sum(mix[:, k].reshape(-1, *(1,) * x.ndim) * term for k, term in enumerate(terms))
     x, state = mixed[0], mixed[1:]
     if sampler.draws_noise:
         x = x + jnp.asarray(sampler.noise_scale)[i] * noise

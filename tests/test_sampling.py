@@ -306,3 +306,11 @@ def test_dynamic_guidance_rises_from_one_by_its_closed_form():
 def test_dynamic_guidance_takes_a_traced_step():
     traced = jax.jit(sampling.dynamic_guidance_scale)(6.0, 40, 50)
     np.testing.assert_allclose(traced, sampling.dynamic_guidance_scale(6.0, 40, 50), rtol=1e-6)
+
+
+def test_step_takes_latents_of_several_windows():
+    """At this shape and rank a reduction over stacked terms crashed the process (XLA on CPU, jaxlib 0.10.2)."""
+    sampler = sampling.make_sampler("ddim", 3, SchedulerConfig())
+    x, v = np.random.default_rng(0).standard_normal((2, 2, 13, 12, 20, 4), np.float32)
+    moved, _ = jax.jit(sampling.step)(sampler, v, x, sampling.init_state(sampler, x), 1)
+    np.testing.assert_allclose(moved, sampler.mix[1, 0, 0] * x + sampler.mix[1, 0, 1] * v, atol=1e-6)

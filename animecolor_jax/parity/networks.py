@@ -89,9 +89,10 @@ def transformer(tensors, config, dtype, attention):
         rope, timestep = _rope(inputs), jnp.asarray(inputs["timestep"])
         latents, text = channels_last(inputs["hidden_states"]), jnp.asarray(inputs["encoder_hidden_states"])
         latents, text = latents.astype(dtype), text.astype(dtype)
-        for name, value in trace_blocks(model, latents, text, timestep, rope=rope):
-            if not name.startswith("bank"):
-                yield f"{case}/{name}", value
+        if f"outputs/{case}/block_0/hidden" in tensors:
+            for name, value in trace_blocks(model, latents, text, timestep, rope=rope):
+                if not name.startswith("bank"):
+                    yield f"{case}/{name}", value
         sample = jax.jit(lambda m, *xs, rope: m(*xs, rope=rope))(model, latents, text, timestep, rope=rope)
         yield f"{case}/sample", channels_third(sample)
 
@@ -99,7 +100,7 @@ def transformer(tensors, config, dtype, attention):
 def load_animecolor(tensors, config, dtype, attention):
     """Denoiser, LCG and HCE of a fixture, as one model."""
     denoiser = load_networks(
-        "denoiser", {**config["denoiser"], "hce": config["hce"]}, group(tensors, "weights/denoiser/"),
+        "denoiser", {**config["denoiser"], "hce": config.get("hce", {})}, group(tensors, "weights/denoiser/"),
         dtype=dtype, attention=attention,
     )
     lcg = load_networks(
@@ -110,7 +111,8 @@ def load_animecolor(tensors, config, dtype, attention):
 
 @jax.jit
 def _conditions(model, reference, summary, features):
-    return model.bank(reference), model.color_tokens(summary, features), model.conditions(reference, summary, features)
+    tokens = None if model.hce is None else model.color_tokens(summary, features)
+    return model.bank(reference), tokens, model.conditions(reference, summary, features)
 
 
 def animecolor(tensors, config, dtype, attention):
@@ -123,29 +125,34 @@ def animecolor(tensors, config, dtype, attention):
         }
         rope, timestep, text = _rope(inputs), jnp.asarray(inputs["timestep"]), inputs["encoder_hidden_states"]
         reference = channels_last(inputs["ref_latents"])
-        bank, tokens, conditions = _conditions(
-            model, reference, inputs["id_cond"][:, None], inputs["id_vit_hidden"][:, None]
-        )
-        yield f"{case}/hce_tokens", tokens
-        zeros = jnp.zeros((len(reference), *text.shape[1:]), text.dtype)
+        features = (inputs[name][:, None] for name in ("id_cond", "id_vit_hidden"))
+        bank, tokens, conditions = _conditions(model, reference, *(features if model.hce else (None, None)))
+        if tokens is not None:
+            yield f"{case}/hce_tokens", tokens
         branches = len(text) // len(reference)
-        for name, value in trace_blocks(model.lcg, reference, zeros, jnp.zeros(len(reference), jnp.int32)):
-            if name in ("embed/text", "embed/hidden", "temb"):
-                yield f"{case}/reference/{name}", jnp.tile(value, (branches, *(1,) * (value.ndim - 1)))
         for i, layer in enumerate(bank):
             yield f"{case}/bank_{i}", jnp.tile(layer, (branches, 1, 1))
-        latents, sketch = channels_last(inputs["hidden_states"]), channels_last(inputs["control_latents"])
-        joined = jnp.concatenate([latents, sketch], axis=-1)
-        # one clip's conditions serve both guidance branches; several clips are repeated branch by branch
-        if len(reference) > 1:
+        if len(reference) > 1:  # one clip's conditions serve all branches, those of several are repeated for each
             conditions = jax.tree.map(lambda x: jnp.concatenate([x] * branches, axis=1), conditions)  # noqa: B023
-        for name, value in trace_blocks(
-            model.denoiser, joined, text, timestep, conditions.bank, rope, model.hce, conditions.cross
-        ):
-            if not name.startswith("bank"):
-                yield f"{case}/{name}", value
+        latents, sketch = channels_last(inputs["hidden_states"]), channels_last(inputs["control_latents"])
+        if f"outputs/{case}/block_0/hidden" in tensors:
+            yield from _traces(case, model, reference, branches, latents, sketch, text, timestep, conditions, rope)
         v = jax.jit(lambda m, *xs: m(*xs))(model, latents, sketch, text, timestep, conditions, rope)
         yield f"{case}/noise_pred", channels_third(v)
+
+
+def _traces(case, model, reference, branches, latents, sketch, text, timestep, conditions, rope):
+    """What happens inside the LCG before its first block, and inside the denoiser."""
+    zeros = jnp.zeros((len(reference), *text.shape[1:]), text.dtype)
+    for name, value in trace_blocks(model.lcg, reference, zeros, jnp.zeros(len(reference), jnp.int32)):
+        if name in ("embed/text", "embed/hidden", "temb"):
+            yield f"{case}/reference/{name}", jnp.tile(value, (branches, *(1,) * (value.ndim - 1)))
+    joined = jnp.concatenate([latents, sketch], axis=-1)
+    for name, value in trace_blocks(
+        model.denoiser, joined, text, timestep, conditions.bank, rope, model.hce, conditions.cross
+    ):
+        if not name.startswith("bank"):
+            yield f"{case}/{name}", value
 
 
 @jax.jit
@@ -230,15 +237,16 @@ def vae(tensors, config, dtype, attention):
         if spec["kind"] == "tiled":
             tile = spec["tile_height"], spec["tile_width"]
 
-            def tiled(network, x, tile=tile):
+            def moments_of(network, x, tile=tile):
                 return tiled_encode(network, x, *tile, encode=encode)
 
-            values = {"moments": tiled(model, pixels), "moments_diffusers_chunk8": tiled(chunk8, pixels)}
-            mean, _ = posterior(values["moments"])
-            values["decoded"] = tiled_decode(model, mean, *tile, decode=decode)
+            values = {"moments": moments_of(model, pixels)}
+            values["decoded"] = tiled_decode(model, posterior(values["moments"])[0], *tile, decode=decode)
         else:
+            moments_of = encode
             values = _vae_full(model, pixels, from_video(inputs["noise"]).astype(dtype))
-            values["moments_diffusers_chunk8"] = encode(chunk8, pixels)
+        if f"outputs/{case}/moments_diffusers_chunk8" in tensors:
+            values["moments_diffusers_chunk8"] = moments_of(chunk8, pixels)
         yield from ((f"{case}/{name}", frames_third(value)) for name, value in values.items())
 
 

@@ -59,11 +59,12 @@ def pipeline(tensors, config, dtype, attention, weights=None):
     """Yields (output name, our value) for every case, in the order of computation."""
     pipe = load(tensors, config, dtype, attention, weights)
     for case, spec in config["cases"].items():
-        for name, value in _case(pipe, group(tensors, f"inputs/{case}/"), spec, dtype, config.get("plain", False)):
+        inputs, traced = group(tensors, f"inputs/{case}/"), f"outputs/{case}/step_0/block_0/hidden" in tensors
+        for name, value in _case(pipe, inputs, spec, dtype, config.get("plain", False), traced):
             yield f"{case}/{name}", value
 
 
-def _case(pipe, inputs, spec, dtype, plain):
+def _case(pipe, inputs, spec, dtype, plain, traced):
     guided = spec["guidance_scale"] > 1
     text = denoise.encode_text(pipe.text_encoder, jnp.asarray(inputs["prompt_ids"]))
     yield "prompt_embeds", text
@@ -79,11 +80,11 @@ def _case(pipe, inputs, spec, dtype, plain):
         moments = encode(pipe.vae, from_video(inputs["pixels"]))
         yield "vae_mean", frames_third(moments[..., : moments.shape[-1] // 2])
     else:
-        sketch, conditions = yield from _conditions(pipe, inputs, dtype, encode, 2 if guided else 1)
-    yield from _denoise(pipe, inputs, spec, dtype, text, sketch, conditions)
+        sketch, conditions = yield from _conditions(pipe, inputs, dtype, encode, traced)
+    yield from _denoise(pipe, inputs, spec, dtype, text, sketch, conditions, traced)
 
 
-def _conditions(pipe, inputs, dtype, encode, branches):
+def _conditions(pipe, inputs, dtype, encode, traced):
     """Yields what the reference image and the sketch become; returns sketch latents and conditions."""
     pixels = jnp.asarray(inputs["ref_image"]).transpose(0, 2, 3, 1)
     if "id_cond" in inputs:  # a recording whose RADIO features were computed elsewhere
@@ -99,21 +100,23 @@ def _conditions(pipe, inputs, dtype, encode, branches):
     yield "ref_latents", channels_third(reference)
     if pipe.model.hce is not None:
         yield "hce_tokens", jax.jit(lambda m, *xs: m.color_tokens(*xs))(pipe.model, summary[:, None], features[:, None])
-    bank = jax.jit(lambda m, x: m.bank(x))(pipe.model, reference)
-    yield from ((f"bank_{i}", layer) for i, layer in enumerate(bank))
+    if traced:
+        bank = jax.jit(lambda m, x: m.bank(x))(pipe.model, reference)
+        yield from ((f"bank_{i}", layer) for i, layer in enumerate(bank))
     return sketch, denoise.make_conditions(pipe.model, reference, summary[:, None], features[:, None])
 
 
-def _denoise(pipe, inputs, spec, dtype, text, sketch, conditions):
+def _denoise(pipe, inputs, spec, dtype, text, sketch, conditions, traced):
     sampler = make_sampler(SAMPLERS[spec["scheduler"]], spec["steps"], pipe.scheduler)
+    run = jax.jit(denoise.predict)
     latents = (channels_last(inputs["init_latents"]) * sampler.init_noise_sigma).astype(dtype)
     layout, state = denoise.Layout.of([0], latents.shape[1]), init_state(sampler, latents)
     rope = denoise.rotary_table(pipe.model.denoiser.config, latents.shape[1:4])
     for i in range(sampler.num_calls):
         timestep = jnp.asarray(sampler.timesteps)[i]
         scaled = scale_input(sampler, latents, i).astype(dtype)
-        v = jax.jit(denoise.predict)(pipe.model, scaled, sketch, text, timestep, conditions, rope)
-        if i == 0:
+        v = run(pipe.model, scaled, sketch, text, timestep, conditions, rope)
+        if traced and i == 0:
             yield from _trace_first_step(pipe.model, scaled, sketch, text, timestep, conditions, rope)
         latents, state, _ = denoise.denoise_step(
             pipe.model, latents, state, sketch, text, conditions, rope, sampler, spec["guidance_scale"], i, None,
