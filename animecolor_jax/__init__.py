@@ -1,17 +1,18 @@
 """AnimeColor-JAX: reference-based animation colourisation in JAX.
 
-    import jax, animecolor_jax as ac
+import jax, animecolor_jax as ac
 
-    ac.convert_checkpoint("AnimeColor/", "weights/")
-    pipeline = ac.Pipeline.load("weights/")
-    sketch, reference = ac.read_video("sketch.mp4"), ac.read_image("reference.png")
-    video = pipeline(sketch.frames, reference, prompt="...", key=jax.random.key(43))
-    ac.write_video("out.mp4", video, fps=sketch.fps)
+ac.convert_checkpoint("AnimeColor/", "weights/")
+pipeline = ac.Pipeline.load("weights/")
+sketch, reference = ac.read_video("sketch.mp4"), ac.read_image("reference.png")
+video = pipeline(sketch.frames, reference, prompt="...", key=jax.random.key(43))
+ac.write_video("out.mp4", video, fps=sketch.fps)
 """
 
 import importlib
 
-# Public names and where they live. They are imported on first use: drawing a clip or reading a config needs no
+# Public names and where they live. They are imported on first use: drawing a clip or reading a config
+# needs no
 # JAX, and a computer without PyAV can still run the networks.
 _PUBLIC = {
     "AnimeColorConfig": "config",

@@ -1,4 +1,5 @@
-"""What tools/benchmark.py measures. Both sides run in one process, warmed up, alternating; PyTorch is imported only
+"""What tools/benchmark.py measures. Both sides run in one process, warmed up, alternating; PyTorch is
+imported only
 where a comparison asks for it."""
 
 import dataclasses
@@ -54,7 +55,10 @@ def result(name, shape, sides, repeats, unit="s"):
     if "theirs" in seconds:
         ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True))
     return {
-        "name": name, "shape": shape, "dtype": "float32", "unit": unit,
+        "name": name,
+        "shape": shape,
+        "dtype": "float32",
+        "unit": unit,
         "ours": statistics.median(seconds["ours"]),
         "theirs": statistics.median(seconds["theirs"]) if ratio is not None else None,
         "ratio": ratio,
@@ -135,15 +139,28 @@ def vae(against, repeats):
 
 
 def denoise_loop(model, latents, sketch, text, conditions, sampler, rebuild=None):
-    """All steps with guidance; `rebuild` makes the conditions anew in every step, as if nothing were cached."""
+    """All steps with guidance; `rebuild` makes the conditions anew in every step, as if nothing were
+    cached."""
     layout = denoise.Layout.of([0], latents.shape[1])
     step = denoise.denoise_step if rebuild is None else _uncached_step
     state = init_state(sampler, latents)
     latents = jnp.array(latents)  # the step donates its argument
     for i in range(sampler.num_calls):
         latents, state, _ = step(
-            model, latents, state, sketch, text, conditions if rebuild is None else rebuild, None, sampler, 6.0, i,
-            None, layout.weights, layout.index, dtype="float32",
+            model,
+            latents,
+            state,
+            sketch,
+            text,
+            conditions if rebuild is None else rebuild,
+            None,
+            sampler,
+            6.0,
+            i,
+            None,
+            layout.weights,
+            layout.index,
+            dtype="float32",
         )
     return jax.block_until_ready(latents)
 
@@ -154,7 +171,8 @@ def _conditions(model, reference):
 
 
 def _uncached_step(model, latents, state, sketch, text, reference, *rest, dtype):
-    """Bank keys and values, colour tokens and their keys and values once more, the LCG's pass left out: the official
+    """Bank keys and values, colour tokens and their keys and values once more, the LCG's pass left
+    out: the official
     code caches that as well."""
     bank, summary, features = reference
     conditions = _project(model, bank, summary, features)
@@ -163,11 +181,14 @@ def _uncached_step(model, latents, state, sketch, text, reference, *rest, dtype)
 
 @jax.jit
 def _project(model, bank, summary, features):
-    return Conditions(model.denoiser.project_bank(bank), model.hce.key_value(model.color_tokens(summary, features)))
+    return Conditions(
+        model.denoiser.project_bank(bank), model.hce.key_value(model.color_tokens(summary, features))
+    )
 
 
 def denoising(against, repeats):
-    """The denoising loop with guidance: plain CogVideoX against PyTorch, AnimeColor cached against uncached."""
+    """The denoising loop with guidance: plain CogVideoX against PyTorch, AnimeColor cached against
+    uncached."""
     sampler = make_sampler("ddim", CPU_STEPS, SchedulerConfig())
     latents, text = normal(0, 1, *CPU_CLIP, 16), normal(1, 2, SMALL_DIT.text_length, SMALL_DIT.text_dim)
     shape = f"{CPU_STEPS} steps, guidance, {'x'.join(map(str, CPU_CLIP))} latents"
@@ -210,7 +231,8 @@ def _animecolor_loop(latents, text, sampler, shape, repeats):
     parts = [("denoiser", denoiser), ("lcg", SMALL_DIT), ("hce", extractor)]
     model = AnimeColor(*(fresh(name, config, 0) for name, config in parts))
     reference = (
-        normal(2, 1, 1, *CPU_CLIP[1:], 16), normal(3, 1, 1, extractor.summary_dim),
+        normal(2, 1, 1, *CPU_CLIP[1:], 16),
+        normal(3, 1, 1, extractor.summary_dim),
         normal(4, 1, 1, RADIO_TOKENS, extractor.feature_dim),
     )
     conditions = _conditions(model, reference)
@@ -224,7 +246,8 @@ def _animecolor_loop(latents, text, sampler, shape, repeats):
 
 
 def flops_2b():
-    """Cached against uncached for one guided step of the 2B model at 49x480x720, by counting multiplications."""
+    """Cached against uncached for one guided step of the 2B model at 49x480x720, by counting
+    multiplications."""
     config, hce = TransformerConfig(in_channels=32), HCEConfig()
     tokens, width = CLIP_2B + config.text_length, config.dim
     block = 2 * tokens * (4 + 8) * width**2 + 4 * tokens * (tokens + BANK_2B) * width
@@ -240,7 +263,11 @@ def flops_2b():
     again = 2 * config.num_layers * 4 * BANK_2B * width**2 + qformer
     again += 2 * hce.num_cross * 4 * COLORS_2B * hce.output_dim * inner
     return {
-        "name": "AnimeColor step, cached against uncached, by FLOPs", "shape": "2B, 49x480x720, guidance",
-        "dtype": "any", "unit": "TFLOP", "ours": step / 1e12, "theirs": (step + again) / 1e12,
+        "name": "AnimeColor step, cached against uncached, by FLOPs",
+        "shape": "2B, 49x480x720, guidance",
+        "dtype": "any",
+        "unit": "TFLOP",
+        "ours": step / 1e12,
+        "theirs": (step + again) / 1e12,
         "ratio": (step + again) / step,
     }

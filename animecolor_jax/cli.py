@@ -4,6 +4,8 @@ Exit code 0: done, and what was checked holds. 1: done, but the check failed. 2:
 Results go to stdout, diagnostics to stderr; with --json the last line of stdout is one strict JSON object.
 """
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -16,6 +18,8 @@ import tyro
 from animecolor_jax.errors import InputError
 from animecolor_jax.pipeline import NonFiniteError
 
+MAX_SIDE = 16384  # of an H.264 picture
+
 
 def main(run, arguments):
     """Parses the command line into the dataclass `arguments`, runs `run(args)`, and exits.
@@ -24,36 +28,46 @@ def main(run, arguments):
         run: function of the parsed arguments -> (JSON-ready dict, whether the check holds).
         arguments: dataclass with a field `json: bool`; its docstring is the tool's description.
     """
-    wants_json = "--json" in sys.argv[1:]
     try:
-        args = tyro.cli(arguments)
-    except SystemExit as stop:
-        if stop.code not in (0, None):
-            error = InputError("the arguments do not parse", where=" ".join(sys.argv[1:]), fix="see --help")
-            _refuse(error, wants_json, say=False)
-        raise
-    try:
+        args = _parse(arguments, sys.argv[1:])
         _use_compilation_cache()
         result, holds = run(args)
+        code = 0 if holds else 1
     except InputError as error:
-        _refuse(error, args.json)
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        code, result = _failure(2, error)
+    except (NonFiniteError, OSError) as error:  # bad weights; a full disk and its like
+        code, result = _failure(1, InputError(str(error)))
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
-        sys.exit(130)
-    if args.json:
+        code, result = _failure(130, InputError("interrupted; what was finished is kept"))
+    if "--json" in sys.argv[1:]:
         print(json.dumps(result, allow_nan=False))
-    sys.exit(0 if holds else 1)
+    sys.exit(code)
 
 
-def _refuse(error, wants_json, say=True):
-    if say:
-        print(f"error: {error}", file=sys.stderr)
-    if wants_json:
-        print(json.dumps({"error": error.as_dict()}))
-    sys.exit(2)
+def _failure(code, error):
+    print(f"error: {error}", file=sys.stderr)
+    return code, {"error": error.as_dict()}
+
+
+def _parse(arguments, argv):
+    """`argv` as an instance of `arguments`; InputError if it does not parse."""
+    flags = [text.partition("=")[0].replace("_", "-") for text in argv if text.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:  # tyro would take the last
+            raise InputError(
+                f"is given {flags.count(flag)} times", where=flag, expected="every flag once",
+                fix=f"several values follow one flag: {flag} A B",
+            )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(arguments, args=argv)
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+        lines = [line.strip("│─ ") for line in said.getvalue().splitlines() if line[:1] not in "╭╰"]
+        what = " ".join(filter(None, lines)).partition(" For full helptext")[0]
+        raise InputError(what, where="arguments", expected="what --help lists", fix="see --help") from None
 
 
 def _use_compilation_cache():
@@ -67,13 +81,20 @@ def _use_compilation_cache():
 def parse_size(text, where="--size"):
     """`"480x720"` -> (480, 720); InputError for anything else."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise InputError(f"{text!r}", where=where, expected="HEIGHTxWIDTH in pixels", fix="for example 480x720")
-    return int(match[1]), int(match[2])
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 < max(size) <= MAX_SIDE:
+        raise InputError(
+            f"{text!r}", where=where, expected=f"HEIGHTxWIDTH in pixels, sides from 1 to {MAX_SIDE}",
+            fix="for example 480x720",
+        )
+    return size
 
 
 def check_dtype(dtype):
     """Raises InputError unless `dtype` is None or a dtype that networks compute in."""
     if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise InputError(f"{dtype!r}", where="--dtype", expected="float32, bfloat16 or float16")
+        raise InputError(
+            f"{dtype!r}", where="--dtype", expected="float32, bfloat16 or float16",
+            fix="leave it out to compute as the weights are stored",
+        )
     return dtype

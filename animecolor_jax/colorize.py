@@ -1,28 +1,31 @@
 """What tools/colorize.py does: files in, files out, around `Pipeline`."""
 
-import contextlib
 import csv
-import dataclasses
+import functools
+import io
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from animecolor_jax import canvas, media, safetensors_io, sharding
-from animecolor_jax.config import preset
+from animecolor_jax.config import CONFIG_CLASSES, preset
 from animecolor_jax.errors import InputError
-from animecolor_jax.pipeline import NEGATIVE_PROMPT, Noise, Pipeline
+from animecolor_jax.pipeline import NEGATIVE_PROMPT, Noise, NonFiniteError, Pipeline, make_plan
+from animecolor_jax.tokenizer import Tokenizer
 from animecolor_jax.toon_clip import draw_toon_clip
-from animecolor_jax.weights import write_initial
+from animecolor_jax.weights import Weights, write_initial
 
 
 @dataclass(frozen=True)
 class Job:
-    """One clip to colour; paths and numbers as on the command line, sizes HEIGHTxWIDTH parsed."""
+    """One clip to colour; paths and numbers as on the command line, sizes (height, width)."""
 
     sketch: Path
     reference: tuple[Path, ...]
@@ -43,58 +46,259 @@ class Job:
     noise: Path | None = None
     strict_reference: bool = False
 
+    def options(self):
+        """What `make_plan` and `Pipeline` are called with, beside arrays."""
+        return {
+            "prompt": self.prompt, "negative_prompt": self.negative_prompt, "num_steps": self.steps,
+            "guidance_scale": self.guidance, "sampler": self.sampler, "window": self.window,
+            "overlap": self.overlap, "strict_reference": self.strict_reference,
+        }
 
-class Inputs:
-    """A job's files, read and checked; nothing long has happened yet.
+
+class Inputs(NamedTuple):
+    """A job's files, read.
+
+    Attributes:
+        sketch: [T, H, W, 3] uint8, dark lines on white; references: list of [H, W, 3] uint8.
+        fps: frames a second of the result.
+        inverted: whether the sketch was light on dark.
+        noise: `Noise` or None.
+    """
+
+    sketch: np.ndarray
+    references: list[np.ndarray]
+    fps: float
+    inverted: bool
+    noise: Noise | None
+
+
+class Colorizer:
+    """Colours jobs with the networks of a weights directory, which are loaded after all checks.
 
     Raises:
-        InputError: a file that cannot be used, or an output that could not be written.
+        InputError: no weights directory, one that lacks a network, or a mesh that does not fit the devices.
     """
 
-    def __init__(self, job):
-        for path in filter(None, (job.out, job.comparison)):
-            media.check_output(path)
-        if not job.reference:
-            raise InputError("no reference image", where="--reference", expected="one or more images")
-        if job.fps is not None and not 0 < job.fps <= 1000:
-            raise InputError(f"{job.fps}", where="--fps", expected="frames per second, above 0")
-        if not 0 <= job.guidance < float("inf"):
-            raise InputError(f"{job.guidance}", where="--guidance", expected="a number, 1 for no guidance")
-        clip = media.read_video(job.sketch)
-        self.fps = job.fps or clip.fps
-        frames, inverted = canvas.normalise_polarity(clip.frames, job.invert)
-        if inverted and job.invert == "auto":
+    def __init__(self, weights, dtype=None, mesh=""):
+        self.mesh = sharding.make_mesh(**sharding.parse_mesh(mesh)) if mesh else None
+        self.weights, self.dtype = Weights(weights), dtype
+        self.weights.require(*CONFIG_CLASSES)
+        self.tokenizer = Tokenizer.load(self.weights.directory / "tokenizer")
+
+    @functools.cached_property
+    def pipeline(self):
+        """The networks, loaded on first use."""
+        return Pipeline.load(self.weights.directory, dtype=self.dtype, mesh=self.mesh)
+
+    def read(self, job):
+        """Reads a job's files and checks all that can be known without the networks.
+
+        Raises:
+            InputError: a file that cannot be used, an output that could not be written, an impossible number.
+        """
+        inputs = _read_inputs(job)
+        try:
+            make_plan(
+                self.weights.config, self.tokenizer, inputs.sketch, inputs.references, noise=inputs.noise,
+                **job.options(),
+            )
+        except InputError as error:
+            raise _moved(error, _FLAGS.get(error.where, error.where)) from error
+        return inputs
+
+    def run(self, job, inputs, progress=None):
+        """Colours one clip and writes its files.
+
+        Returns:
+            {"out", "frames", "height", "width", "seconds", "seconds_per_step"}.
+        """
+        if inputs.inverted and job.invert == "auto":
             print(f"{job.sketch}: light lines on dark; inverted (--invert no to keep)", file=sys.stderr)
-        if job.size is not None:
-            frames = canvas.resize_video_bilinear(frames, job.size)
-        self.sketch = frames
-        self.references = [media.read_image(path) for path in job.reference]
-        self.noise = None if job.noise is None else read_noise(job.noise)
+        pipeline, began = self.pipeline, time.perf_counter()
+        video = pipeline(
+            inputs.sketch, inputs.references, noise=inputs.noise, dynamic_guidance=job.dynamic_guidance,
+            key=jax.random.key(job.seed), progress=progress, **job.options(),
+        )
+        if job.comparison is not None:  # first, so that where `out` is, nothing is missing
+            media.write_video(job.comparison, _comparison(inputs, video), inputs.fps)
+        media.write_video(job.out, video, inputs.fps)
+        return {
+            "out": str(job.out),
+            "frames": len(video), "height": video.shape[1], "width": video.shape[2],
+            "seconds": round(time.perf_counter() - began, 3),
+            "seconds_per_step": round(pipeline.seconds["denoise"] / job.steps, 4),
+        }
+
+    def run_all(self, jobs):
+        """Colours the jobs whose output is not there yet; one that fails does not stop the others.
+
+        Args:
+            jobs: from `read_jobs`.
+
+        Returns:
+            {"clips": reports of `run`, "skipped": outputs that were there, "failed": {output: why}}.
+
+        Raises:
+            InputError: a job that cannot be run, before the first one is.
+        """
+        todo = {where: job for where, job in jobs.items() if not _is_there(job.out)}
+        skipped = [str(job.out) for where, job in jobs.items() if where not in todo]
+        for where, job in todo.items():  # read again later: together they may not fit into memory
+            try:
+                self.read(job)
+            except InputError as error:
+                raise _moved(error, f"{where}: {error.where}") from error
+        done, failed = [], {}
+        for job in tqdm(todo.values(), desc="clips", disable=not sys.stderr.isatty()):
+            try:
+                done.append(self.run(job, self.read(job), progress=False))
+                print(job.out, flush=True)
+            except (InputError, NonFiniteError, OSError, jax.errors.JaxRuntimeError) as error:
+                failed[str(job.out)] = str(error)
+                print(f"error: {job.out}: {error}", file=sys.stderr)
+        return {"clips": done, "skipped": skipped, "failed": failed}
 
 
-def colorize(pipeline, job, inputs, progress=None):
-    """Colours one clip and writes its files.
+def run_demo(values, weights=None, dtype=None, mesh=""):
+    """Colours a clip that is drawn on the spot, with freshly made `tiny` weights unless there are others.
+
+    Args:
+        values: fields of `Job`; sketch and reference are set here, out and comparison unless they are given.
 
     Returns:
-        {"out", "frames", "height", "width", "seconds", "seconds_per_step"}.
+        The job and what `Colorizer.run` returns.
     """
-    began = time.perf_counter()
-    video = pipeline(
-        inputs.sketch, inputs.references, prompt=job.prompt, negative_prompt=job.negative_prompt,
-        num_steps=job.steps, guidance_scale=job.guidance, dynamic_guidance=job.dynamic_guidance,
-        sampler=job.sampler, key=jax.random.key(job.seed), noise=inputs.noise, window=job.window,
-        overlap=job.overlap, strict_reference=job.strict_reference, progress=progress,
-    )
-    media.write_video(job.out, video, inputs.fps)
-    if job.comparison is not None:
-        stills = [image[None] for image in inputs.references]
-        media.write_video(job.comparison, media.side_by_side([inputs.sketch, *stills, video]), inputs.fps)
-    return {
-        "out": str(job.out),
-        "frames": len(video), "height": video.shape[1], "width": video.shape[2],
-        "seconds": round(time.perf_counter() - began, 3),
-        "seconds_per_step": round(pipeline.seconds["denoise"] / job.steps, 4),
-    }
+    out = values["out"] or Path("demo.mp4")
+    comparison = values["comparison"] or out.with_name(f"{out.stem}_comparison{out.suffix}")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        clip = draw_toon_clip()
+        sketch, references = folder / "sketch.mkv", folder / "references"
+        media.write_video(sketch, clip.sketch, fps=12)
+        media.write_video(references, clip.reference[None], fps=12)
+        if weights is None:
+            print(
+                "demo: these weights are untrained (random), so the result is noise; "
+                "it shows that every part runs.", file=sys.stderr,
+            )
+            weights = folder / "tiny"
+            write_initial(weights, preset("tiny"))
+        paths = {"sketch": sketch, "reference": tuple(references.iterdir())}
+        job = Job(**{**values, **paths, "out": out, "comparison": comparison})
+        colorizer = Colorizer(weights, dtype, mesh)
+        return job, colorizer.run(job, colorizer.read(job))
+
+
+# ---------------------------------------------------------------- flags and files
+
+
+_FLAGS = {  # of what `make_plan` complains about by the name of its argument
+    "num_steps": "--steps", "guidance_scale": "--guidance", "sampler": "--sampler", "prompt": "--prompt",
+}
+_NEEDED = {
+    "weights": ("a weights directory", "convert a checkpoint with tools/convert_torch.py, or try --demo"),
+    "sketch": ("the line art: a video, a folder of frames, or an image", "see --help, or try --demo"),
+    "reference": ("one or more coloured images", "for example --reference front.png back.png"),
+    "out": ("where to write the result", "for example --out colored.mp4"),
+}
+
+
+def check_flags(args):
+    """Raises InputError for a flag that is missing, or that has no meaning beside another."""
+    mode = "--demo" if args.demo else "--jobs" if args.jobs is not None else None
+    needed, refused = {
+        None: (("weights", "sketch", "reference", "out"), ()),
+        "--demo": ((), ("sketch", "reference", "jobs")),
+        "--jobs": (("weights",), ("sketch", "reference", "out", "comparison")),
+    }[mode]
+    for name in needed:
+        if not getattr(args, name):
+            expected, fix = _NEEDED[name]
+            raise InputError("is missing", where=f"--{name}", expected=expected, fix=fix)
+    clashes = [(f"--{name}", mode) for name in refused if getattr(args, name)]
+    clashes += [("--prompt", "--prompt-file")] if args.prompt and args.prompt_file is not None else []
+    clashes += [("--size", "--strict-reference")] if args.size is not None and args.strict_reference else []
+    for flag, other in clashes:
+        raise InputError(
+            f"is given together with {other}, which leaves it no effect", where=flag,
+            expected="one of the two", fix=f"leave out {flag} or {other}",
+        )
+
+
+def read_prompt(path):
+    """The text of a prompt file; InputError if it is missing or not UTF-8."""
+    return _read_text(path).strip()
+
+
+def _read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot be read: {error}", where=path, expected="a UTF-8 text file", fix="save it again as UTF-8"
+        ) from error
+
+
+def _read_inputs(job):
+    _check_outputs(job)
+    if not 0 <= job.seed < 2**32:
+        raise InputError(
+            f"{job.seed}", where="--seed", expected=f"a whole number from 0 to {2**32 - 1}",
+            fix="for example --seed 43",
+        )
+    if job.fps is not None and not 0 < job.fps <= 1000:
+        raise InputError(
+            f"{job.fps}", where="--fps", expected="frames a second, above 0 and at most 1000",
+            fix="leave it out to keep the sketch's",
+        )
+    clip = media.read_video(job.sketch)
+    sketch, inverted = canvas.normalise_polarity(clip.frames, job.invert)
+    if job.size is not None:
+        sketch = np.stack([canvas.resize_exact(frame, job.size) for frame in sketch])
+    references = [media.read_image(path) for path in job.reference]
+    noise = None if job.noise is None else read_noise(job.noise)
+    return Inputs(sketch, references, job.fps or clip.fps, inverted, noise)
+
+
+def _check_outputs(job):
+    for path in filter(None, (job.out, job.comparison)):
+        if path.name in ("", ".."):
+            raise InputError(
+                "names no file", where=path, expected="a file or a new folder", fix="for example colored.mp4"
+            )
+        media.check_output(path)
+        for source in filter(None, (job.sketch, *job.reference, job.noise)):
+            if _holds(path, source):
+                raise InputError(
+                    f"would replace the input {source}", where=path, expected="a name of its own",
+                    fix="choose another name",
+                )
+    if job.comparison is not None and (_holds(job.out, job.comparison) or _holds(job.comparison, job.out)):
+        raise InputError(
+            f"{job.comparison} and --out {job.out} are in each other's place", where="--comparison",
+            expected="two names", fix="choose another name",
+        )
+
+
+def _holds(path, other):
+    """Whether replacing `path` replaces `other`."""
+    path, other = path.resolve(), other.resolve()
+    return path == other or path in other.parents
+
+
+def _is_there(out):
+    return out.is_file() or (out.is_dir() and any(out.iterdir()))
+
+
+def _comparison(inputs, video):
+    """Sketch, references and result side by side; with --strict-reference the lengths may differ a little."""
+    shown = np.minimum(np.arange(len(video)), len(inputs.sketch) - 1)
+    return media.side_by_side([inputs.sketch[shown], *(image[None] for image in inputs.references), video])
+
+
+def _moved(error, where):
+    """The same error, elsewhere."""
+    return InputError(error.what, where=where, expected=error.expected, fix=error.fix)
 
 
 def read_noise(path):
@@ -106,89 +310,95 @@ def read_noise(path):
     Raises:
         InputError: another file, or other tensors in it.
     """
+    if not Path(path).is_file():
+        raise InputError(
+            "is no file", where=path, expected="a safetensors file with ref_noise and init_latents",
+            fix="tools/record_reference.py writes one",
+        )
     with safetensors_io.Reader(path) as reader:
-        shapes = {name: len(spec.shape) for name, spec in reader.specs.items()}
-        if any(shapes.get(name) != 5 for name in ("ref_noise", "init_latents")):
+        shapes = {name: tuple(spec.shape) for name, spec in reader.specs.items()}
+        reference, latents = shapes.get("ref_noise", ()), shapes.get("init_latents", ())
+        if len(reference) != 5 or len(latents) != 5 or reference[2] != 1 or latents[0] != 1:
             raise InputError(
-                f"holds {sorted(shapes)}", where=path,
+                f"holds {shapes}", where=path,
                 expected="ref_noise (K, C, 1, h, w) and init_latents (1, F, C, h, w)",
-                fix="save both tensors under these names",
+                fix="save both tensors under these names, in these layouts",
             )
         reference, latents = reader.read("ref_noise"), reader.read("init_latents")
     return Noise(reference.transpose(0, 2, 3, 4, 1), latents[0].transpose(0, 2, 3, 1))
 
 
+# ---------------------------------------------------------------- --jobs
+
+
+def _paths(text):
+    return tuple(Path(part.strip()) for part in text.split(";"))
+
+
+_COLUMNS = {
+    "sketch": Path, "reference": _paths, "out": Path, "prompt": str, "negative_prompt": str,
+    "comparison": Path, "seed": int, "steps": int, "guidance": float, "fps": float, "invert": str,
+}
+_REQUIRED_COLUMNS = ("sketch", "reference", "out")
+
+
 def read_jobs(path, template):
-    """Jobs of a CSV file with a header; columns are fields of `Job`, empty cells take the command line's value.
+    """Jobs of a CSV file whose columns are fields of `Job`; empty cells take the command line's value.
+
+    Paths are relative to the working directory.
 
     Args:
         template: dict of the values that the command line gives.
 
+    Returns:
+        {"FILE, line N": Job}.
+
     Raises:
-        InputError: unknown columns, or rows without sketch, reference or out.
+        InputError: not such a file; unknown, double or missing columns; a missing or malformed value; two
+            rows that write the same file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError("does not exist", where=path, expected="a CSV file with columns sketch, reference, out")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    fields = {field.name: field for field in dataclasses.fields(Job)}
-    jobs = []
-    for number, row in enumerate(rows, start=2):
-        unknown = sorted(str(name) for name in row if name not in _COLUMNS)
-        missing = [name for name in ("sketch", "reference", "out") if not row.get(name)]
-        if unknown or missing:
-            raise InputError(
-                f"unknown columns {unknown}, missing values {missing}", where=f"{path}, line {number}",
-                expected=f"sketch, reference and out, and any of {', '.join(_COLUMNS[3:])}",
-                fix="several references in one cell are separated by ;",
-            )
-        values = dict(template)
-        for name, text in row.items():
-            if text:
-                try:
-                    values[name] = _COLUMN_TYPES.get(name, str)(text)
-                except ValueError as error:
-                    raise InputError(
-                        f"{name} is {text!r}", where=f"{path}, line {number}", expected="a number"
-                    ) from error
-        jobs.append(Job(**{name: values[name] for name in fields if name in values}))
-    if not jobs:
-        raise InputError("has no rows", where=path, expected="one clip a row")
-    outs = [job.out for job in jobs]
-    if double := {str(out) for out in outs if outs.count(out) > 1}:
-        raise InputError(f"writes {sorted(double)} more than once", where=path, expected="one out for each row")
+    reader = csv.DictReader(io.StringIO(_read_text(path)), strict=True)
+    try:
+        rows = {f"{path}, line {reader.line_num}": row for row in reader}
+    except csv.Error as error:
+        raise InputError(f"line {reader.line_num}: {error}", where=path, expected="a CSV file") from error
+    columns = reader.fieldnames or []
+    wrong = sorted({name for name in columns if name not in _COLUMNS or columns.count(name) > 1})
+    wrong += [f"no {name}" for name in _REQUIRED_COLUMNS if name not in columns]
+    if wrong or not rows:
+        raise InputError(
+            f"columns: {', '.join(wrong)}" if wrong else "has no rows", where=path,
+            expected=f"columns sketch, reference, out and any of {', '.join(list(_COLUMNS)[3:])}; then rows",
+            fix="several references go into one cell, separated by ;",
+        )
+    jobs, writers = {}, {}
+    for where, row in rows.items():
+        job = jobs[where] = _parse_row(row, where, template)
+        for output in filter(None, (job.out, job.comparison)):
+            other = writers.setdefault(output.resolve(), where)
+            if other != where:
+                raise InputError(
+                    f"writes {output}, and so does {other}", where=where, expected="a name of its own",
+                    fix="give each row another out and comparison",
+                )
     return jobs
 
 
-def _paths(text):
-    return tuple(Path(part) for part in text.split(";"))
-
-
-_COLUMN_TYPES = {
-    "sketch": Path, "out": Path, "comparison": Path, "reference": _paths, "seed": int, "steps": int, "guidance": float,
-    "fps": float,
-}
-_COLUMNS = ("sketch", "reference", "out", "prompt", "negative_prompt", "comparison", "seed", "steps", "guidance", "fps",
-            "invert")
-
-
-@contextlib.contextmanager
-def open_pipeline(weights, *, dtype=None, mesh=None, demo=False):
-    """The pipeline of a weights directory, or for the demo of freshly made `tiny` weights."""
-    placed = None if not mesh else sharding.make_mesh(**sharding.parse_mesh(mesh))
-    if not demo:
-        yield Pipeline.load(weights, dtype=dtype, mesh=placed)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        write_initial(Path(folder) / "tiny", preset("tiny"), seed=0)
-        yield Pipeline.load(Path(folder) / "tiny", dtype=dtype, mesh=placed)
-
-
-def write_demo_inputs(folder):
-    """Draws the demo's sketch clip and reference into `folder`; returns their paths."""
-    clip = draw_toon_clip()
-    sketch, reference = Path(folder) / "sketch.mkv", Path(folder) / "reference"
-    media.write_video(sketch, clip.sketch, fps=12)
-    media.write_video(reference, clip.reference[None], fps=12)
-    return sketch, next(reference.iterdir())
+def _parse_row(row, where, template):
+    values = dict(template)
+    for name, text in row.items():
+        if name is None or text is None:
+            raise InputError(
+                f"has {'more' if name is None else 'fewer'} cells than the header", where=where,
+                expected="one cell for each column", fix='put quotes around cells with commas: "a, b"',
+            )
+        if not text and name in _REQUIRED_COLUMNS:
+            raise InputError(f"{name} is empty", where=where, expected="a path", fix="fill it in")
+        if text:
+            try:
+                values[name] = _COLUMNS[name](text)
+            except ValueError as error:
+                raise InputError(
+                    f"{name} is {text!r}", where=where, expected="a number", fix="correct or empty the cell"
+                ) from error
+    return Job(**values)

@@ -203,7 +203,9 @@ def config_from_dict(cls, values, where):
 
 
 def _wrong_type(where, name, value, expected):
-    return InputError(f"{name} is {value!r}", where=where, expected=expected, fix="correct the value in that file")
+    return InputError(
+        f"{name} is {value!r}", where=where, expected=expected, fix="correct the value in that file"
+    )
 
 
 def _animecolor(preset, denoiser, **components):
@@ -245,22 +247,50 @@ PRESETS = {
     "tiny": _animecolor(
         "tiny",
         TransformerConfig(
-            num_layers=4, num_heads=8, head_dim=8, in_channels=8, out_channels=4, time_embed_dim=32,
-            text_dim=32, text_length=192, sample_height=12, sample_width=20,
+            num_layers=4,
+            num_heads=8,
+            head_dim=8,
+            in_channels=8,
+            out_channels=4,
+            time_embed_dim=32,
+            text_dim=32,
+            text_length=192,
+            sample_height=12,
+            sample_width=20,
         ),
         hce=HCEConfig(
-            dim=32, num_heads=4, head_dim=8, num_tokens=8, feature_dim=32, summary_dim=64, output_dim=48,
-            cross_num_heads=4, cross_head_dim=8,
+            dim=32,
+            num_heads=4,
+            head_dim=8,
+            num_tokens=8,
+            feature_dim=32,
+            summary_dim=64,
+            output_dim=48,
+            cross_num_heads=4,
+            cross_head_dim=8,
         ),
         vae=VAEConfig(
-            block_out_channels=(8, 16, 16, 32), latent_channels=4, layers_per_block=1, norm_num_groups=4,
-            sample_height=96, sample_width=160,
+            block_out_channels=(8, 16, 16, 32),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_height=96,
+            sample_width=160,
         ),
         text_encoder=T5Config(
-            vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+            vocab_size=384,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
         ),
         image_encoder=RadioConfig(
-            embed_dim=32, depth=2, num_heads=4, table_size=8, num_prefix_tokens=8,
+            embed_dim=32,
+            depth=2,
+            num_heads=4,
+            table_size=8,
+            num_prefix_tokens=8,
         ),
         scheduler=SchedulerConfig(),
     ),

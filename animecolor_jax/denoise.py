@@ -1,6 +1,7 @@
 """The jitted pieces of inference: encoders, the once-per-clip conditions, one denoising step, decoding.
 
-Every function takes its network as an argument (modules are pytrees), so that one compilation serves every call
+Every function takes its network as an argument (modules are pytrees), so that one compilation serves
+every call
 of the same shapes. Latents are [B, T, H, W, C], pixels [B, T, H, W, 3].
 """
 
@@ -68,7 +69,10 @@ def rotary_table(config, size):
         return None
     frames, height, width = size
     patch = config.patch_size
-    grid, base = (height // patch, width // patch), (config.sample_height // patch, config.sample_width // patch)
+    grid, base = (
+        (height // patch, width // patch),
+        (config.sample_height // patch, config.sample_width // patch),
+    )
     return positions.rope_table(config.head_dim, frames, grid, positions.grid_crop(grid, base))
 
 
@@ -121,7 +125,8 @@ class Layout(NamedTuple):
 
 
 def blend(v, weights, index):
-    """Makes windows agree: v [W, T, ...] -> each latent frame the weighted mean over the windows that hold it."""
+    """Makes windows agree: v [W, T, ...] -> each latent frame the weighted mean over the windows that
+    hold it."""
     weighted = v * weights.reshape(*weights.shape, *(1,) * (v.ndim - 2))
     bound = weights.size + len(weights)  # no index is larger
     total = jax.ops.segment_sum(weighted.reshape(-1, *v.shape[2:]), index.reshape(-1), num_segments=bound)
@@ -130,8 +135,22 @@ def blend(v, weights, index):
 
 @partial(jax.jit, static_argnames=("dtype", "mesh"), donate_argnames=("latents", "state"))
 def denoise_step(
-    model, latents, state, sketch, text, conditions, rope, sampler, guidance_scale, i, noise, weights, index,
-    *, dtype, mesh=None,
+    model,
+    latents,
+    state,
+    sketch,
+    text,
+    conditions,
+    rope,
+    sampler,
+    guidance_scale,
+    i,
+    noise,
+    weights,
+    index,
+    *,
+    dtype,
+    mesh=None,
 ):
     """One call of the network for every window, guidance, blending and the sampler's update.
 
@@ -161,7 +180,8 @@ def denoise_step(
 
 
 def shard_latents(x, mesh):
-    """Places latents [B, T, H, W, C] on the mesh, rows over `context` where they divide; None is one device."""
+    """Places latents [B, T, H, W, C] on the mesh, rows over `context` where they divide; None is one
+    device."""
     if mesh is None:
         return x
     rows = "context" if x.shape[2] % mesh.shape["context"] == 0 else None

@@ -39,7 +39,8 @@ def _filled(value):
     return lambda rng, shape, _: np.full(shape, value, np.float32)
 
 
-# How parameters start, by name; the first full match wins. Made on the host: compiling the initialisers of a VAE
+# How parameters start, by name; the first full match wins. Made on the host: compiling the
+# initialisers of a VAE
 # takes a minute on a small computer, drawing its numbers a moment.
 INITIAL = [
     (r"cross_attn/out/kernel", _filled(0)),  # a fresh HCE changes nothing until it is trained
@@ -52,7 +53,8 @@ INITIAL = [
 
 
 def creator(component, config):
-    """Function of nothing that builds the component with that config, for `params.abstract` and `params.build`."""
+    """Function of nothing that builds the component with that config, for `params.abstract` and
+    `params.build`."""
     return lambda: NETWORKS[component](config, rngs=nnx.Rngs(0))
 
 

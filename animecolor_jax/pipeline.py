@@ -1,9 +1,11 @@
 """Sketch + reference + prompt -> coloured video."""
 
 import contextlib
+import os
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from animecolor_jax import canvas, denoise
+from animecolor_jax.config import CONFIG_CLASSES, AnimeColorConfig
 from animecolor_jax.errors import InputError
 from animecolor_jax.models.animecolor import AnimeColor
 from animecolor_jax.models.vae import decode_slices, encode_slices
@@ -29,11 +32,95 @@ class Noise(NamedTuple):
     """All randomness of a run, so that it can be repeated elsewhere.
 
     Attributes:
-        reference: [K, 1, h, w, C] for the sampled latents of K references; latents: [T, h, w, C] initial latents.
+        reference: [K, 1, h, w, C] for the sampled latents of K references.
+        latents: [T, h, w, C] initial latents.
     """
 
     reference: np.ndarray
     latents: np.ndarray
+
+
+class Plan(NamedTuple):
+    """A run as far as it can be known without a network.
+
+    Attributes:
+        ids: [2 or 1, L] int32, the negative prompt first.
+        frames: [F, H, W, 3] uint8, the clip on its canvas; images: [K, H, W, 3] uint8, the references.
+        starts: first frames of the windows; length: frames of one window.
+        layout: how the windows share the clip's latents; latent_shape: (h, w, C) of one.
+        noise: `Noise` over the windows, or None where it is yet to be drawn.
+    """
+
+    ids: np.ndarray
+    frames: np.ndarray
+    images: np.ndarray
+    starts: list[int]
+    length: int
+    layout: denoise.Layout
+    latent_shape: tuple[int, int, int]
+    noise: Noise | None
+
+
+def make_plan(
+    config, tokenizer, sketch, references, *, prompt="", negative_prompt=NEGATIVE_PROMPT, num_steps=50,
+    guidance_scale=6.0, sampler="ddim", noise=None, window=49, overlap=16, strict_reference=False,
+):
+    """Checks everything about a run that needs no network, and brings clip and references onto the canvas.
+
+    Args:
+        config: `AnimeColorConfig` with denoiser, vae, text_encoder and scheduler.
+        tokenizer: prompts, length -> ids.
+        others: as of `Pipeline.__call__`; references is a list.
+
+    Raises:
+        InputError: numbers, prompts or noise that the model or the clip cannot take.
+    """
+    make_sampler(sampler, num_steps, config.scheduler)
+    if not 0 <= guidance_scale < float("inf"):
+        raise InputError(
+            f"{guidance_scale}", where="guidance_scale", expected="a finite number of at least 0",
+            fix="the official script uses 6; 1 means no guidance",
+        )
+    ids = _tokenize(config, tokenizer, [negative_prompt, prompt] if guidance_scale > 1 else [prompt])
+    limit = None if config.denoiser.rope else config.denoiser.sample_frames
+    if limit is not None and window > limit:
+        raise InputError(
+            f"windows of {window} frames", where="--window",
+            expected=f"at most {limit}, the model's position table", fix=f"use --window {limit}",
+        )
+    starts = canvas.windows(canvas.padded_length(len(sketch)), window, overlap)
+    if strict_reference:
+        size = canvas.strict_canvas(references[0].shape[:2])
+        frames = canvas.resize_video_bilinear(sketch[: canvas.strict_frame_count(len(sketch))], size)
+        images = np.stack([canvas.resize_exact(image, size) for image in references])
+        starts = [0]
+        if limit is not None and len(frames) > limit:
+            raise InputError(
+                f"{len(frames)} frames in one window", where="--strict-reference",
+                expected=f"at most {limit}, the model's position table",
+                fix="leave out --strict-reference, or shorten the clip",
+            )
+    else:
+        multiple = config.vae.spatial_compression * config.denoiser.patch_size
+        size = canvas.fit_size(*sketch.shape[1:3], multiple)
+        frames = canvas.pad_length(canvas.pad_frames(sketch, size))
+        images = np.stack([canvas.fit_reference(image, size) for image in references])
+    length = len(frames) if len(starts) == 1 else window
+    layout = denoise.Layout.of(starts, (length - 1) // config.vae.temporal_compression + 1)
+    latent_shape = (*(side // config.vae.spatial_compression for side in size), config.vae.latent_channels)
+    noise = None if noise is None else _fit_noise(noise, len(images), layout, latent_shape)
+    return Plan(ids, frames, images, starts, length, layout, latent_shape, noise)
+
+
+def _tokenize(config, tokenizer, texts):
+    ids, known = np.asarray(tokenizer(texts, config.denoiser.text_length)), config.text_encoder.vocab_size
+    if ids.max() >= known:
+        raise InputError(
+            f"token {ids.max()} in {texts}, the text encoder knows {known}",
+            where="tokenizer", expected="the tokenizer of this text encoder",
+            fix="convert again with --source tokenizer=PATH of the same checkpoint",
+        )
+    return ids
 
 
 class Pipeline:
@@ -66,8 +153,9 @@ class Pipeline:
             InputError: not a weights directory, or one that lacks a network; without LCG or HCE the reference
                 would have no effect through that path, so both are required.
         """
+        use_compilation_cache()
         weights = Weights(directory)
-        weights.require("denoiser", "lcg", "hce", "vae", "text_encoder", "image_encoder", "scheduler")
+        weights.require(*CONFIG_CLASSES)
         tokenizer = Tokenizer.load(weights.directory / "tokenizer")
 
         def load(name, **overrides):
@@ -84,22 +172,18 @@ class Pipeline:
         """Compute dtype of the denoiser, and of the latents between steps."""
         return self.model.denoiser.config.dtype
 
-    def check(self, num_frames, *, num_steps=50, sampler="ddim", window=49, overlap=16):
-        """Raises InputError for numbers that the model cannot run, before any work."""
-        make_sampler(sampler, num_steps, self.scheduler)
-        config = self.model.denoiser.config
-        if not config.rope and window > config.sample_frames:
-            raise InputError(
-                f"windows of {window} frames", where="--window",
-                expected=f"at most {config.sample_frames}, the model's position table",
-                fix=f"use --window {config.sample_frames}",
-            )
-        canvas.windows(canvas.padded_length(num_frames), window, overlap)
+    @property
+    def config(self):
+        """`AnimeColorConfig` of what `make_plan` asks for."""
+        return AnimeColorConfig(
+            denoiser=self.model.denoiser.config, vae=self.vae.config, text_encoder=self.text_encoder.config,
+            scheduler=self.scheduler,
+        )
 
     def __call__(
-        self, sketch, reference, *, prompt="", negative_prompt=NEGATIVE_PROMPT, num_steps=50, guidance_scale=6.0,
-        dynamic_guidance=False, sampler="ddim", key=None, noise=None, window=49, overlap=16, strict_reference=False,
-        progress=None,
+        self, sketch, reference, *, prompt="", negative_prompt=NEGATIVE_PROMPT, num_steps=50,
+        guidance_scale=6.0, dynamic_guidance=False, sampler="ddim", key=None, noise=None, window=49,
+        overlap=16, strict_reference=False, progress=None,
     ):
         """Colours a clip.
 
@@ -120,76 +204,45 @@ class Pipeline:
             [T, H, W, 3] uint8 of exactly the sketch's size and length (not with strict_reference).
 
         Raises:
-            InputError: numbers or noise that do not fit the clip.
+            InputError: numbers, prompts or noise that the model or the clip cannot take, see `make_plan`.
             NonFiniteError: the latents became infinite or not a number.
         """
         references = reference if isinstance(reference, list | tuple) else [reference]
         key = jax.random.key(43) if key is None else key
-        self.check(len(sketch), num_steps=num_steps, sampler=sampler, window=window, overlap=overlap)
-        frames, images, restore = self.prepare(sketch, references, strict_reference)
-        starts = [0] if strict_reference else canvas.windows(len(frames), window, overlap)
-        length = len(frames) if len(starts) == 1 else window
+        plan = make_plan(
+            self.config, self.tokenizer, sketch, references, prompt=prompt, negative_prompt=negative_prompt,
+            num_steps=num_steps, guidance_scale=guidance_scale, sampler=sampler, noise=noise, window=window,
+            overlap=overlap, strict_reference=strict_reference,
+        )
         show = sys.stderr.isatty() if progress is None else progress
         self.seconds = {}
         stage = partial(_stage, seconds=self.seconds, show=show)
-
-        texts = [negative_prompt, prompt] if guidance_scale > 1 else [prompt]
-        ids = self._tokenize(texts)
-        with stage("encode", 3 + len(starts) * len(encode_slices(length, self.vae.config))) as bar:
-            text = denoise.encode_text(self.text_encoder, jnp.asarray(ids))
+        chunks = len(plan.starts) * len(encode_slices(plan.length, self.vae.config))
+        with stage("encode", 3 + chunks) as bar:
+            text = denoise.encode_text(self.text_encoder, jnp.asarray(plan.ids))
             bar.update()
-            summary, features = denoise.encode_image(self.image_encoder, jnp.asarray(images) / 255)
+            summary, features = denoise.encode_image(self.image_encoder, jnp.asarray(plan.images) / 255)
             bar.update()
-            moments = self.encode(images[:, None], bar)  # [K, 1, h, w, 2C]
-            windows = [self.encode(frames[None, start : start + length], bar) for start in starts]
-            sketch = denoise.sketch_latents(self.vae, jnp.concatenate(windows))
-            layout = denoise.Layout.of(starts, sketch.shape[1])
+            moments = self.encode(plan.images[:, None], bar)  # [K, 1, h, w, 2C]
+            windows = [plan.frames[None, start : start + plan.length] for start in plan.starts]
+            windows = jnp.concatenate([self.encode(window, bar) for window in windows])
+            lines = denoise.sketch_latents(self.vae, windows)
             reference_key, latents_key, step_key = jax.random.split(key, 3)
-            latent_shape = sketch.shape[2:]
-            if noise is None:
-                noise = Noise(
-                    jax.random.normal(reference_key, (len(images), 1, *latent_shape)),
-                    layout.spread(latents_key, latent_shape),
-                )
-            else:
-                noise = _check_noise(noise, len(images), layout, latent_shape)
-            references = denoise.reference_latents(self.vae, moments, noise.reference)  # [K, 1, h, w, C]
-            conditions = denoise.make_conditions(self.model, references[:, 0][None], summary[None], features[None])
+            noise = plan.noise or Noise(
+                jax.random.normal(reference_key, (len(references), 1, *plan.latent_shape)),
+                plan.layout.spread(latents_key, plan.latent_shape),
+            )
+            colors = denoise.reference_latents(self.vae, moments, noise.reference)[:, 0]  # [K, h, w, C]
+            conditions = denoise.make_conditions(self.model, colors[None], summary[None], features[None])
         with stage("denoise", make_sampler(sampler, num_steps, self.scheduler).num_calls) as bar:
             latents = self.denoise(
-                noise.latents, sketch, text, conditions, layout, num_steps=num_steps, sampler=sampler,
+                noise.latents, lines, text, conditions, plan.layout, num_steps=num_steps, sampler=sampler,
                 guidance_scale=guidance_scale, dynamic_guidance=dynamic_guidance, key=step_key, bar=bar,
             )
-        latents = layout.join(latents)
+        latents = plan.layout.join(latents)
         with stage("decode", len(decode_slices(latents.shape[1], self.vae.config))) as bar:
-            return restore(self.decode(latents, bar))
-
-    def _tokenize(self, texts):
-        ids = np.asarray(self.tokenizer(texts, self.model.denoiser.config.text_length))
-        if ids.max() >= self.text_encoder.config.vocab_size:
-            raise InputError(
-                f"token {ids.max()} in {texts}, the text encoder knows {self.text_encoder.config.vocab_size}",
-                where="tokenizer", expected="the tokenizer of this text encoder",
-                fix="convert again with --source tokenizer=PATH of the same checkpoint",
-            )
-        return ids
-
-    def prepare(self, sketch, references, strict=False):
-        """Brings clip and references onto the canvas.
-
-        Returns:
-            frames [F, H, W, 3] and images [K, H, W, 3], uint8, and the function that undoes it for the result.
-        """
-        multiple = self.vae.config.spatial_compression * self.model.denoiser.config.patch_size
-        height, width = sketch.shape[1:3]
-        if strict:
-            size = canvas.strict_canvas(references[0].shape[:2])
-            frames = canvas.resize_video_bilinear(sketch[: canvas.strict_frame_count(len(sketch))], size)
-            return frames, np.stack([canvas.resize_exact(image, size) for image in references]), lambda video: video
-        size = canvas.fit_size(height, width, multiple)
-        frames = canvas.pad_length(canvas.pad_frames(sketch, size))
-        images = np.stack([canvas.fit_reference(image, size) for image in references])
-        return frames, images, lambda video: canvas.crop(video, height, width)[: len(sketch)]
+            video = self.decode(latents, bar)
+        return video if strict_reference else canvas.crop(video, *sketch.shape[1:3])[: len(sketch)]
 
     def encode(self, frames, bar=None):
         """[B, T, H, W, 3] uint8 -> the VAE's moments [B, t, h, w, 2C], chunk by chunk."""
@@ -209,7 +262,8 @@ class Pipeline:
         """The denoising loop, over all windows at once.
 
         Args:
-            latents: [W, T, h, w, C] standard normal, equal where windows overlap. sketch: likewise, scaled latents.
+            latents: [W, T, h, w, C] standard normal, equal where windows overlap.
+            sketch: likewise, scaled latents.
             text: [2 or 1, L, D]. conditions: from `denoise.make_conditions`. layout: `denoise.Layout`.
             key: for samplers that draw noise.
 
@@ -224,8 +278,11 @@ class Pipeline:
         latents = (jnp.asarray(latents) * tables.init_noise_sigma).astype(self.dtype)
         state, finite = init_state(tables, latents), []
         for i in range(tables.num_calls):
-            noise = layout.spread(jax.random.fold_in(key, i), latents.shape[2:]) if tables.draws_noise else None
-            scale = dynamic_guidance_scale(guidance_scale, i, tables.num_calls) if dynamic_guidance else guidance_scale
+            noise, scale = None, guidance_scale
+            if tables.draws_noise:
+                noise = layout.spread(jax.random.fold_in(key, i), latents.shape[2:])
+            if dynamic_guidance:
+                scale = dynamic_guidance_scale(guidance_scale, i, tables.num_calls)
             latents, state, ok = denoise.denoise_step(
                 self.model, latents, state, sketch, text, conditions, rope, tables, scale, i, noise,
                 layout.weights, layout.index, dtype=self.dtype, mesh=self.mesh,
@@ -241,8 +298,8 @@ class Pipeline:
     def _check_finite(self, finite, step, sampler):
         if not bool(finite):
             raise NonFiniteError(
-                f"latents are not finite after step {step} of {sampler} in {self.dtype}: the weights are damaged, or "
-                "the dtype is too narrow (float16 overflows: use bfloat16 or float32)"
+                f"latents are not finite after step {step} of {sampler} in {self.dtype}: the weights are "
+                "damaged, or the dtype is too narrow (float16 overflows: use bfloat16 or float32)"
             )
 
     def decode(self, latents, bar=None):
@@ -254,6 +311,14 @@ class Pipeline:
             if bar is not None:
                 bar.update()
         return np.concatenate(video)
+
+
+def use_compilation_cache():
+    """Lets compiled programs outlive the process, unless JAX's own setting or variable says where already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "animecolor_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 class NonFiniteError(FloatingPointError):
@@ -269,19 +334,21 @@ def _stage(name, total, seconds, show):
     seconds[name] = time.perf_counter() - began
 
 
-def _check_noise(noise, num_references, layout, latent_shape):
+def _fit_noise(noise, num_references, layout, latent_shape):
     """The given noise as arrays laid out over the windows."""
     wanted = {"reference": (num_references, 1, *latent_shape), "latents": (layout.total, *latent_shape)}
     for name, shape in wanted.items():
         got = tuple(getattr(noise, name).shape)
         if got != shape:
             raise InputError(
-                f"{name} noise has shape {got}", where="--noise", expected=f"{shape} (latents are channel-last here)",
+                f"{name} noise has shape {got}", where="--noise",
+                expected=f"{shape} (latents are channel-last here)",
                 fix="record it at the size of this clip's canvas",
             )
     if len(layout.index) > 1:
         raise InputError(
-            f"the clip needs {len(layout.index)} windows", where="--noise", expected="a clip that fits one window",
+            f"the clip needs {len(layout.index)} windows", where="--noise",
+            expected="a clip that fits one window",
             fix="leave --noise away, or shorten the clip",
         )
     return Noise(jnp.asarray(noise.reference, jnp.float32), jnp.asarray(noise.latents, jnp.float32)[None])

@@ -172,7 +172,8 @@ def step(sampler, v, x, state, i, noise=None):
     """
     terms = [jnp.asarray(x, jnp.float32), jnp.asarray(v, jnp.float32), *state]
     mix = jnp.asarray(sampler.mix)[i]
-    # No matrix product: those are not float32 on every accelerator. And no reduction over stacked terms: XLA's CPU
+    # No matrix product: those are not float32 on every accelerator. And no reduction over stacked
+    # terms: XLA's CPU
     # compiler (jaxlib 0.10.2) makes one of this rank that reads out of bounds.
     mixed = sum(mix[:, k].reshape(-1, *(1,) * x.ndim) * term for k, term in enumerate(terms))
     x, state = mixed[0], mixed[1:]

@@ -33,7 +33,8 @@ def make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=None):
     size = data * fsdp * context * tensor
     if min(shape) < 1 or size > len(devices):
         raise InputError(
-            f"{dict(zip(AXES, shape, strict=True))} needs {size} devices, there are {len(devices)}", where="--mesh",
+            f"{dict(zip(AXES, shape, strict=True))} needs {size} devices, there are {len(devices)}",
+            where="--mesh",
             expected="positive sizes whose product is at most the number of devices",
             fix="use fewer, e.g. --mesh data=1",
         )
@@ -47,7 +48,9 @@ def parse_mesh(text):
         match = re.fullmatch(rf"({'|'.join(AXES)})=([1-9]\d*)", part.strip())
         if match is None or match[1] in sizes:
             raise InputError(
-                f"{part!r} in {text!r}", where="--mesh", expected=f"axis=size, axes {', '.join(AXES)}",
+                f"{part!r} in {text!r}",
+                where="--mesh",
+                expected=f"axis=size, axes {', '.join(AXES)}",
                 fix="for example --mesh data=2,context=4",
             )
         sizes[match[1]] = int(match[2])

@@ -4,7 +4,8 @@
     COMPONENT.safetensors       one per component, our names, blocks stacked
     tokenizer/                  the text encoder's tokenizer files
 
-Files are written and read leaf by leaf, so that a 9.5 GB text encoder needs little more than its largest leaf.
+Files are written and read leaf by leaf, so that a 9.5 GB text encoder needs little more than its
+largest leaf.
 """
 
 import dataclasses
@@ -32,7 +33,8 @@ LICENCES = {
 
 
 class WeightsWriter:
-    """Writes a weights directory: everything goes to a temporary folder, which gets the final name at the end.
+    """Writes a weights directory: everything goes to a temporary folder, which gets the final name at
+    the end.
 
     Use as a context manager; after an exception nothing is left.
 
@@ -44,8 +46,10 @@ class WeightsWriter:
         self.directory = Path(directory)
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise InputError(
-                "exists already and is not an empty folder", where=self.directory,
-                expected="a folder that does not exist yet", fix="choose another name or remove it",
+                "exists already and is not an empty folder",
+                where=self.directory,
+                expected="a folder that does not exist yet",
+                fix="choose another name or remove it",
             )
         self.components, self.provenance = {}, {}
 
@@ -61,7 +65,9 @@ class WeightsWriter:
             specs: {our name: Spec}; leaves: iterable of (our name, array), each exactly once.
             provenance: JSON-ready note of where the values come from.
         """
-        safetensors_io.write(self._temporary / f"{name}.safetensors", specs, leaves, {"format": "animecolor-jax"})
+        safetensors_io.write(
+            self._temporary / f"{name}.safetensors", specs, leaves, {"format": "animecolor-jax"}
+        )
         self.components[name] = configs.config_to_dict(config)
         self.provenance[name] = provenance
 
@@ -124,21 +130,26 @@ class Weights:
         path = self.directory / "config.json"
         if not path.is_file():
             raise InputError(
-                "no weights directory: config.json is missing", where=self.directory,
+                "no weights directory: config.json is missing",
+                where=self.directory,
                 expected="a directory written by tools/convert_torch.py or by training",
-                fix="convert the PyTorch checkpoint: python tools/convert_torch.py --source PATH --out WEIGHTS",
+                fix="convert the checkpoint: tools/convert_torch.py --source PATH --out WEIGHTS",
             )
         try:
             values = json.loads(path.read_text())
             version, components = values["format_version"], values["components"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"cannot be read: {error!r}", where=path, expected="config.json of a weights directory",
+                f"cannot be read: {error!r}",
+                where=path,
+                expected="config.json of a weights directory",
                 fix="convert the checkpoint again; a PyTorch directory must be converted first",
             ) from error
         if version != configs.FORMAT_VERSION:
             raise InputError(
-                f"format version {version!r}", where=path, expected=f"version {configs.FORMAT_VERSION}",
+                f"format version {version!r}",
+                where=path,
+                expected=f"version {configs.FORMAT_VERSION}",
                 fix="convert the checkpoint again with this version",
             )
         unknown = sorted(set(components) - set(configs.CONFIG_CLASSES))
@@ -156,13 +167,16 @@ class Weights:
     def require(self, *names):
         """Raises one InputError naming every component of `names` that the directory lacks."""
         missing = [
-            name for name in names
+            name
+            for name in names
             if getattr(self.config, name) is None
             or (name in configs.COMPONENTS and not (self.directory / f"{name}.safetensors").is_file())
         ]
         if missing:
             raise InputError(
-                f"lacks {', '.join(missing)}", where=self.directory, expected=f"{', '.join(names)}",
+                f"lacks {', '.join(missing)}",
+                where=self.directory,
+                expected=f"{', '.join(names)}",
                 fix="convert again with these sources: "
                 + " ".join(f"--source {name}=PATH" for name in missing),
             )
@@ -204,7 +218,8 @@ def _place(reader, name, shape, dtype, mesh):
 
 
 def write_initial(directory, config, seed=0):
-    """A weights directory with freshly initialised networks and a byte-level tokenizer: for demos and tests."""
+    """A weights directory with freshly initialised networks and a byte-level tokenizer: for demos and
+    tests."""
     with WeightsWriter(directory) as writer:
         for number, name in enumerate(configs.COMPONENTS):
             component = getattr(config, name)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from animecolor_jax.models import attention as module
 from animecolor_jax.models.attention import attention, splash
 
@@ -44,7 +45,9 @@ def test_gradients_of_chunked_equal_those_of_xla():
     def loss(backend):
         return lambda *qkv: jnp.sum(jnp.sin(attention(*qkv, backend)))
 
-    ours, theirs = (jax.jit(jax.grad(loss(backend), argnums=(0, 1, 2)))(q, k, v) for backend in ("chunked", "xla"))
+    ours, theirs = (
+        jax.jit(jax.grad(loss(backend), argnums=(0, 1, 2)))(q, k, v) for backend in ("chunked", "xla")
+    )
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

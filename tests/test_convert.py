@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+
 from animecolor_jax import safetensors_io
 from animecolor_jax.config import HCEConfig
 from animecolor_jax.convert import hce as hce_table
@@ -93,7 +94,9 @@ def test_manifest_problems_are_listed(tmp_path):
     report = check_manifests([file])
     assert report["missing"] == ["radio_model.model.blocks.3.norm1.bias"]
     assert report["unexpected"] == ["radio_model.extra.weight"]
-    assert report["misshapen"] == ["radio_model.model.blocks.4.attn.proj.weight: (7, 1280), expected (1280, 1280)"]
+    assert report["misshapen"] == [
+        "radio_model.model.blocks.4.attn.proj.weight: (7, 1280), expected (1280, 1280)"
+    ]
 
 
 def test_a_leaf_without_a_rule_or_with_two_is_refused():
@@ -115,7 +118,9 @@ def test_export_returns_the_source_bit_for_bit(checkpoint, weights, tmp_path):
     again = tmp_path / "again"
     convert_checkpoint(exported, again)
     for component in TABLES:
-        assert_bitwise_equal(read_all(again / f"{component}.safetensors"), read_all(weights / f"{component}.safetensors"))
+        assert_bitwise_equal(
+            read_all(again / f"{component}.safetensors"), read_all(weights / f"{component}.safetensors")
+        )
     assert Weights(again).config == Weights(weights).config
 
 
@@ -157,7 +162,9 @@ def test_all_problems_are_in_one_error_and_nothing_is_left(tmp_path):
     with pytest.raises(InputError) as error:
         convert_checkpoint(source, tmp_path / "weights")
     for text in (
-        "denoiser: proj_out.bias", "vae: decoder.conv_out.conv.weight", "denoiser: ema.decay",
+        "denoiser: proj_out.bias",
+        "vae: decoder.conv_out.conv.weight",
+        "denoiser: ema.decay",
         "denoiser: transformer_blocks.1.ff.net.2.bias: (7,), expected (48,)",
     ):
         assert text in str(error.value)
@@ -194,7 +201,9 @@ def test_tied_embeddings_must_agree(tmp_path):
 def test_two_candidates_are_refused_until_one_is_named(checkpoint, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(checkpoint / "transformer", other / "transformer")
-    with pytest.raises(InputError, match=re.escape(f"denoiser has 2 candidates: {checkpoint / 'transformer'}")):
+    with pytest.raises(
+        InputError, match=re.escape(f"denoiser has 2 candidates: {checkpoint / 'transformer'}")
+    ):
         convert_checkpoint([checkpoint, other], tmp_path / "weights")
     convert_checkpoint([checkpoint, f"denoiser={other / 'transformer'}"], tmp_path / "weights")
     assert Weights(tmp_path / "weights").values["provenance"]["denoiser"]["source"] == "transformer"
@@ -229,12 +238,15 @@ def test_configs_that_we_do_not_compute_are_refused(key, value, message, checkpo
 def test_networks_of_different_models_are_refused(checkpoint, tmp_path):
     tensors, config = checkpoints.fixture()
     state = {
-        key: x for key, x in checkpoints.state_dict(tensors, "reference").items()
+        key: x
+        for key, x in checkpoints.state_dict(tensors, "reference").items()
         if not re.match(r"transformer_blocks\.[23]\.", key)
     }
     checkpoints.write_component(tmp_path / "lcg", state, {**config["reference"], "num_layers": 2})
     with pytest.raises(InputError, match="lcg.num_layers is 2, the denoiser's 4"):
-        convert_checkpoint([f"denoiser={checkpoint / 'transformer'}", f"lcg={tmp_path / 'lcg'}"], tmp_path / "weights")
+        convert_checkpoint(
+            [f"denoiser={checkpoint / 'transformer'}", f"lcg={tmp_path / 'lcg'}"], tmp_path / "weights"
+        )
 
 
 def test_an_existing_directory_is_not_overwritten(checkpoint, weights):
@@ -265,15 +277,24 @@ def test_weights_directory_errors_name_what_is_missing(weights, tmp_path):
 
 
 SMALL_HCE = HCEConfig(
-    dim=16, depth=1, num_heads=2, head_dim=8, num_tokens=4, feature_dim=8, summary_dim=12, output_dim=16,
-    cross_num_heads=2, cross_head_dim=8,
+    dim=16,
+    depth=1,
+    num_heads=2,
+    head_dim=8,
+    num_tokens=4,
+    feature_dim=8,
+    summary_dim=12,
+    output_dim=16,
+    cross_num_heads=2,
+    cross_head_dim=8,
 )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stage_one_weights_start_as_cogvideox_bit_for_bit(dtype, tmp_path):
     source = checkpoints.write_checkpoint(
-        tmp_path / "cogvideox", ["reference", "vae", "text_encoder"],
+        tmp_path / "cogvideox",
+        ["reference", "vae", "text_encoder"],
         lambda name, state: state,
     )
     (source / "referencenet").rename(source / "transformer")
@@ -283,7 +304,9 @@ def test_stage_one_weights_start_as_cogvideox_bit_for_bit(dtype, tmp_path):
     convert_checkpoint(f"denoiser={source / 'transformer'}", tmp_path / "plain", dtype=dtype)
     plain = Weights(tmp_path / "plain").load("denoiser")
     assert not denoiser.patch_embed.kernel[:, :, 4:].any() and not hce.cross_attn.out.kernel[...].any()
-    assert_bitwise_equal(read_all(tmp_path / "weights/lcg.safetensors"), read_all(tmp_path / "plain/denoiser.safetensors"))
+    assert_bitwise_equal(
+        read_all(tmp_path / "weights/lcg.safetensors"), read_all(tmp_path / "plain/denoiser.safetensors")
+    )
 
     keys = jax.random.split(jax.random.key(0), 5)
     latents, sketch = (jax.random.normal(key, (2, 3, 6, 8, 4), dtype) for key in keys[:2])
@@ -310,17 +333,31 @@ def test_diffusers_and_transformers_load_the_export_completely(checkpoint, tmp_p
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
     from transformers import T5EncoderModel
 
-    sources = [f"{part}={checkpoint / folder}" for part, folder in
-               [("denoiser", "referencenet"), ("vae", "vae"), ("text_encoder", "text_encoder"), ("scheduler", "scheduler")]]
+    sources = [
+        f"{part}={checkpoint / folder}"
+        for part, folder in [
+            ("denoiser", "referencenet"),
+            ("vae", "vae"),
+            ("text_encoder", "text_encoder"),
+            ("scheduler", "scheduler"),
+        ]
+    ]
     convert_checkpoint(sources, tmp_path / "weights")
     export_checkpoint(tmp_path / "weights", tmp_path / "out")
     for cls, folder in [
-        (CogVideoXTransformer3DModel, "transformer"), (AutoencoderKLCogVideoX, "vae"), (T5EncoderModel, "text_encoder")
+        (CogVideoXTransformer3DModel, "transformer"),
+        (AutoencoderKLCogVideoX, "vae"),
+        (T5EncoderModel, "text_encoder"),
     ]:
         model, info = cls.from_pretrained(tmp_path / "out" / folder, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], (cls, info)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], (
+            cls,
+            info,
+        )
         assert sum(p.numel() for p in model.parameters()) > 0
-    assert CogVideoXDDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler").config.snr_shift_scale == 3.0
+    assert (
+        CogVideoXDDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler").config.snr_shift_scale == 3.0
+    )
 
 
 @pytest.mark.torch
@@ -335,7 +372,9 @@ def test_torch_files_convert_like_safetensors(zipped, weights, tmp_path):
     torch.save(state, folder / "diffusion_pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     (folder / "config.json").write_text(json.dumps(config["reference"]))
     convert_checkpoint(f"lcg={folder}", tmp_path / "weights")
-    assert_bitwise_equal(read_all(tmp_path / "weights/lcg.safetensors"), read_all(weights / "lcg.safetensors"))
+    assert_bitwise_equal(
+        read_all(tmp_path / "weights/lcg.safetensors"), read_all(weights / "lcg.safetensors")
+    )
 
 
 def run_tool(*arguments):

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+
 from animecolor_jax import safetensors_io
 from animecolor_jax.config import preset
 from animecolor_jax.models.transformer import Block
-from flax import nnx
 
 MANIFESTS = Path(__file__).parent / "fixtures" / "manifests"
 GIB = 2**30
@@ -32,7 +33,10 @@ finally:
 def run_measured(script, *arguments):
     """Runs a Python file; returns its peak memory in bytes and its stdout."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(script), *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", MEASURED, str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return 1024 * int(done.stderr.splitlines()[-1]), done.stdout
@@ -58,7 +62,8 @@ def test_a_full_width_block_runs_within_4_gib_beyond_the_weights(tmp_path):
         "from animecolor_jax.models.transformer import Block\n"
         "config = preset('animecolor-2b').denoiser\n"
         "block = jax.jit(lambda: Block(config, rngs=nnx.Rngs(0)))()\n"
-        "xs = [jnp.ones(s) for s in ((1, 226, config.dim), (1, 17550, config.dim), (1, config.time_embed_dim))]\n"
+        "shapes = (1, 226, config.dim), (1, 17550, config.dim), (1, config.time_embed_dim)\n"
+        "xs = [jnp.ones(shape) for shape in shapes]\n"
         "out = jax.jit(lambda block, *xs: block(*xs))(block, *xs)\n"
         "print(sum(x.nbytes for x in jax.tree.leaves(block)), bool(jnp.isfinite(out[1]).all()))\n"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from animecolor_jax import safetensors_io
 from animecolor_jax.errors import InputError
 from animecolor_jax.parity.check import check_fixture
@@ -67,7 +68,9 @@ def test_unconverted_weights_are_named(tmp_path):
     path = next(path for path in FIXTURES if path.stem == "t5_eps")
 
     def rename(tensors):
-        tensors["weights/encoder.block.0.extra.weight"] = tensors.pop("weights/encoder.final_layer_norm.weight")
+        tensors["weights/encoder.block.0.extra.weight"] = tensors.pop(
+            "weights/encoder.final_layer_norm.weight"
+        )
 
     with pytest.raises(InputError, match="encoder.final_layer_norm.weight.*encoder.block.0.extra.weight"):
         check_fixture(changed_copy(path, tmp_path, rename))
@@ -83,7 +86,9 @@ def test_tool_reports_json_and_exit_codes(tmp_path):
     path = next(path for path in FIXTURES if path.stem == "t5_eps")
     done = run_tool(path)
     report = json.loads(done.stdout.splitlines()[-1])
-    assert done.returncode == 0 and report["passed"] and report["outputs"] == 4 and report["not_compared"] == []
+    assert (
+        done.returncode == 0 and report["passed"] and report["outputs"] == 4 and report["not_compared"] == []
+    )
 
     failed = run_tool(path, "--tolerance", "1e-12")
     report = json.loads(failed.stdout.splitlines()[-1])

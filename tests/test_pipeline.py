@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from animecolor_jax import denoise
 from animecolor_jax.config import preset
 from animecolor_jax.convert.checkpoint import convert_checkpoint
 from animecolor_jax.errors import InputError
-from animecolor_jax.pipeline import NonFiniteError, Noise, Pipeline
+from animecolor_jax.pipeline import Noise, NonFiniteError, Pipeline
 from animecolor_jax.sharding import make_mesh
 from animecolor_jax.toon_clip import draw_toon_clip
 from animecolor_jax.weights import Weights, write_initial
@@ -20,7 +21,8 @@ from animecolor_jax.weights import Weights, write_initial
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Weights of the fixture, all parameters random, with a byte-level tokenizer: every input has an effect."""
+    """Weights of the fixture, all parameters random, with a byte-level tokenizer: every input has an
+    effect."""
     root = tmp_path_factory.mktemp("pipeline")
     source = checkpoints.write_checkpoint(root / "torch")
     tokenizer = source / "tokenizer"
@@ -41,7 +43,14 @@ def clip():
 
 
 # the fixture's text encoder knows 64 tokens: bytes up to "<"
-FAST = {"num_steps": 2, "guidance_scale": 1.0, "prompt": "1", "negative_prompt": "2", "window": 17, "overlap": 8}
+FAST = {
+    "num_steps": 2,
+    "guidance_scale": 1.0,
+    "prompt": "1",
+    "negative_prompt": "2",
+    "window": 17,
+    "overlap": 8,
+}
 
 
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 32, 48), (6, 31, 45), (9, 32, 48)])
@@ -76,8 +85,10 @@ def test_prompt_guidance_and_references_have_an_effect(pipeline, clip):
 
 @pytest.mark.parametrize("sampler", ["dpm-cog", "euler-a", "pndm"])
 def test_samplers_with_noise_history_and_extra_calls_run(pipeline, clip, sampler):
-    first, again = (pipeline(clip.sketch[:9], clip.reference, **{**FAST, "num_steps": 4, "sampler": sampler})
-                    for _ in range(2))
+    first, again = (
+        pipeline(clip.sketch[:9], clip.reference, **{**FAST, "num_steps": 4, "sampler": sampler})
+        for _ in range(2)
+    )
     np.testing.assert_array_equal(first, again)
 
 
@@ -96,7 +107,8 @@ def test_given_noise_is_used(pipeline, clip):
 
 
 def test_the_official_pipeline_is_reproduced_from_pixels(pipeline):
-    """Through the public call: ids, noise and uint8 pixels of the fixture, whose frames lie on the 1/255 grid."""
+    """Through the public call: ids, noise and uint8 pixels of the fixture, whose frames lie on the
+    1/255 grid."""
     tensors, config = checkpoints.fixture()
     case = "ddim_cfg"
     spec = config["cases"][case]
@@ -106,10 +118,18 @@ def test_the_official_pipeline_is_reproduced_from_pixels(pipeline):
     to_bytes = lambda x: np.round(x * 255).astype(np.uint8)  # noqa: E731
     sketch = to_bytes(inputs["control_video"][0].transpose(1, 2, 3, 0))
     image = to_bytes(inputs["ref_image"][0].transpose(1, 2, 0))
-    noise = Noise(inputs["ref_noise"].transpose(0, 2, 3, 4, 1), inputs["init_latents"][0].transpose(0, 2, 3, 1))
+    noise = Noise(
+        inputs["ref_noise"].transpose(0, 2, 3, 4, 1), inputs["init_latents"][0].transpose(0, 2, 3, 1)
+    )
     video = tokenized(
-        sketch, image, num_steps=spec["steps"], guidance_scale=spec["guidance_scale"], noise=noise,
-        strict_reference=True, window=17, overlap=8,
+        sketch,
+        image,
+        num_steps=spec["steps"],
+        guidance_scale=spec["guidance_scale"],
+        noise=noise,
+        strict_reference=True,
+        window=17,
+        overlap=8,
     )
     expected = tensors[f"outputs/{case}/videos"][0].transpose(1, 2, 3, 0) * 255
     np.testing.assert_allclose(video, expected, atol=0.55)  # half a level of rounding
@@ -181,8 +201,11 @@ def test_tokens_that_the_text_encoder_does_not_know_are_refused(pipeline, clip):
 @pytest.mark.parametrize(
     ("changes", "where"),
     [
-        ({"num_steps": 0}, "num_steps"), ({"sampler": "dpm"}, "sampler"), ({"window": 49}, "--window"),
-        ({"window": 16}, "--window"), ({"overlap": 7}, "--overlap"),
+        ({"num_steps": 0}, "num_steps"),
+        ({"sampler": "dpm"}, "sampler"),
+        ({"window": 49}, "--window"),
+        ({"window": 16}, "--window"),
+        ({"overlap": 7}, "--overlap"),
     ],
 )
 def test_impossible_numbers_are_refused(pipeline, clip, changes, where):

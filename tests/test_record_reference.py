@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from animecolor_jax.convert.checkpoint import convert_checkpoint
 from animecolor_jax.errors import InputError
 from animecolor_jax.parity.check import check_fixture
@@ -35,23 +36,49 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("checkpoint")
     diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16,
-        text_embed_dim=16, num_layers=2, sample_height=4, sample_width=6, sample_frames=9,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=16,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_height=4,
+        sample_width=6,
+        sample_frames=9,
         max_text_seq_length=8,
     ).save_pretrained(root / "transformer")
     diffusers.AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
     ).save_pretrained(root / "vae")
-    transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
-    )).save_pretrained(root / "text_encoder")
+    transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=64,
+            d_model=16,
+            d_kv=8,
+            d_ff=16,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+        )
+    ).save_pretrained(root / "text_encoder")
     diffusers.CogVideoXDDIMScheduler(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
     ).save_pretrained(root / "scheduler")
     (root / "tokenizer").mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 20), model_prefix=str(root / "tokenizer" / "spiece"), vocab_size=32,
-        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        sentence_iterator=iter([TEXT] * 20),
+        model_prefix=str(root / "tokenizer" / "spiece"),
+        vocab_size=32,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
     )
     return root
 
@@ -94,7 +121,9 @@ def test_recording_holds_inputs_every_step_the_trace_and_the_frames(recording):
     out, tensors, _, line = recording
     text, tokens = (1, 8), (1, 18, 32)  # 3 latent frames of 2x3 patches
     expected = {
-        "prompt_embeds": (*text, 16), "negative_prompt_embeds": (*text, 16), "vae_mean": (1, 4, 3, 4, 6),
+        "prompt_embeds": (*text, 16),
+        "negative_prompt_embeds": (*text, 16),
+        "vae_mean": (1, 4, 3, 4, 6),
         "videos": (1, 3, 9, 32, 48),
     }
     for step in range(2):
@@ -107,7 +136,9 @@ def test_recording_holds_inputs_every_step_the_trace_and_the_frames(recording):
     outputs = outputs_of(tensors)
     assert {name: value.shape for name, value in outputs.items()} == expected
     inputs = {
-        "prompt_ids": text, "negative_prompt_ids": text, "pixels": (1, 3, 9, 32, 48),
+        "prompt_ids": text,
+        "negative_prompt_ids": text,
+        "pixels": (1, 3, 9, 32, 48),
         "init_latents": (1, *LATENT),
     }
     assert {name: value.shape for name, value in tensors.items() if name.startswith("inputs")} == {
@@ -128,16 +159,24 @@ def test_json_describes_the_run_and_its_sources(recording, checkpoint):
     assert {"torch", "diffusers", "transformers"} <= set(meta["versions"])
     config = meta["config"]
     assert config["plain"] is True and config["weights"] == "external"
-    for section, file in {"denoiser": "transformer/config.json", "vae": "vae/config.json",
-                          "text_encoder": "text_encoder/config.json",
-                          "scheduler_config": "scheduler/scheduler_config.json"}.items():
+    for section, file in {
+        "denoiser": "transformer/config.json",
+        "vae": "vae/config.json",
+        "text_encoder": "text_encoder/config.json",
+        "scheduler_config": "scheduler/scheduler_config.json",
+    }.items():
         assert config[section] == json.loads((checkpoint / file).read_text())
     case = dict(config["cases"]["recorded"])
     for ids, key in (("prompt_ids", "prompt_length"), ("negative_prompt_ids", "negative_length")):
         length, padded = case.pop(key), tensors[f"inputs/recorded/{ids}"][0]
         assert padded[length - 1] == 1 and not padded[length:].any()  # the end mark, then padding
     assert case == {
-        "frames": 9, "height": 32, "width": 48, "steps": 2, "guidance_scale": 3.0, "scheduler": "DDIM_Origin"
+        "frames": 9,
+        "height": 32,
+        "width": 48,
+        "steps": 2,
+        "guidance_scale": 3.0,
+        "scheduler": "DDIM_Origin",
     }
     digest = hashlib.sha256((checkpoint / "vae" / "config.json").read_bytes()).hexdigest()
     assert config["sources"]["vae"]["config.json"] == digest
@@ -201,24 +240,27 @@ def test_without_guidance_only_the_prompt_is_run(checkpoint, tool, tmp_path):
     assert config["cases"]["recorded"]["scheduler"] == "DDIM_Cog"
 
 
-@pytest.mark.parametrize(("extra", "what"), [
-    (["--frames", "8"], "8 frames"),
-    (["--frames", "13"], "13 frames"),  # the position table has 9
-    (["--size", "48x48"], "48x48"),  # diffusers would recompute the table
-    (["--size", "0x48"], "0x48"),
-    (["--size", "large"], "HEIGHTxWIDTH"),
-    (["--steps", "0"], "0 steps"),
-    (["--guidance", "nan"], "guidance nan"),
-    (["--device", "warp"], "warp"),
-    (["--sampler", "euler"], "invalid choice"),
-    (["--sketch", "sketch.mp4"], "--sketch"),  # needs --repo
-    (["--repo", "no/clone"], "cogvideox/models/"),
-    (["--source", "nowhere"], "is not a directory"),
-    (["--source", "lora=nowhere"], "unknown part"),
-    (["--out", "missing/folder/out.safetensors"], "cannot be written to"),
-    (["--out", "out.npz"], "out.npz"),
-    (["--no-such-flag"], "unrecognized"),
-])
+@pytest.mark.parametrize(
+    ("extra", "what"),
+    [
+        (["--frames", "8"], "8 frames"),
+        (["--frames", "13"], "13 frames"),  # the position table has 9
+        (["--size", "48x48"], "48x48"),  # diffusers would recompute the table
+        (["--size", "0x48"], "0x48"),
+        (["--size", "large"], "HEIGHTxWIDTH"),
+        (["--steps", "0"], "0 steps"),
+        (["--guidance", "nan"], "guidance nan"),
+        (["--device", "warp"], "warp"),
+        (["--sampler", "euler"], "invalid choice"),
+        (["--sketch", "sketch.mp4"], "--sketch"),  # needs --repo
+        (["--repo", "no/clone"], "cogvideox/models/"),
+        (["--source", "nowhere"], "is not a directory"),
+        (["--source", "lora=nowhere"], "unknown part"),
+        (["--out", "missing/folder/out.safetensors"], "cannot be written to"),
+        (["--out", "out.npz"], "out.npz"),
+        (["--no-such-flag"], "unrecognized"),
+    ],
+)
 def test_bad_arguments_are_refused_before_any_loading(checkpoint, tool, tmp_path, capsys, extra, what):
     defaults = ["--source", str(checkpoint), "--out", str(tmp_path / "out.safetensors"), *ARGUMENTS.split()]
     assert tool.main([*defaults, *extra]) == 2
@@ -245,16 +287,22 @@ def refused(checkpoint, tool, tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize(("change", "what"), [
-    (lambda copy: (copy / "vae" / "config.json").unlink(), "config.json"),
-    (lambda copy: (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "holds no weights"),
-    (lambda copy: (copy / "scheduler" / "scheduler_config.json").write_text("{"), "Expecting"),
-    (lambda copy: (copy / "tokenizer" / "spiece.model").write_bytes(b"garbage"), "from_pretrained failed"),
-    (lambda copy: (copy / "tokenizer" / "spiece.model").unlink(), "holds no tokenizer"),
-    (lambda copy: edit_json(copy / "transformer" / "config.json", in_channels=8), "in_channels is 8"),
-    (lambda copy: edit_json(copy / "text_encoder" / "config.json", d_model=32), "text_embed_dim is 16"),
-    (lambda copy: edit_json(copy / "text_encoder" / "config.json", vocab_size=4), "gives id"),
-])
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda copy: (copy / "vae" / "config.json").unlink(), "config.json"),
+        (lambda copy: (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "holds no weights"),
+        (lambda copy: (copy / "scheduler" / "scheduler_config.json").write_text("{"), "Expecting"),
+        (
+            lambda copy: (copy / "tokenizer" / "spiece.model").write_bytes(b"garbage"),
+            "from_pretrained failed",
+        ),
+        (lambda copy: (copy / "tokenizer" / "spiece.model").unlink(), "holds no tokenizer"),
+        (lambda copy: edit_json(copy / "transformer" / "config.json", in_channels=8), "in_channels is 8"),
+        (lambda copy: edit_json(copy / "text_encoder" / "config.json", d_model=32), "text_embed_dim is 16"),
+        (lambda copy: edit_json(copy / "text_encoder" / "config.json", vocab_size=4), "gives id"),
+    ],
+)
 def test_an_unfit_checkpoint_is_refused_before_any_loading(refused, change, what):
     error, progress = refused(change)
     assert what in error["what"] + error["where"]
@@ -302,10 +350,26 @@ def official(checkpoint, tool, tmp_path):
 
     def prepare(*extra, features=True):
         given = ["--radio-features", str(tmp_path / "features.safetensors")] if features else []
-        return tool.prepare(tool.parse_arguments([
-            "--repo", str(repo), "--source", str(root), "--out", str(tmp_path / "out.safetensors"),
-            "--device", "cpu", "--prompt", "anime", "--negative-prompt", "strange", *given, *map(str, extra),
-        ]))
+        return tool.prepare(
+            tool.parse_arguments(
+                [
+                    "--repo",
+                    str(repo),
+                    "--source",
+                    str(root),
+                    "--out",
+                    str(tmp_path / "out.safetensors"),
+                    "--device",
+                    "cpu",
+                    "--prompt",
+                    "anime",
+                    "--negative-prompt",
+                    "strange",
+                    *given,
+                    *map(str, extra),
+                ]
+            )
+        )
 
     return prepare
 
@@ -340,15 +404,18 @@ def test_sketch_and_reference_are_prepared_as_in_the_official_script(official, t
     assert job.inputs["id_cond"].shape == (1, 8)  # features from a file are inputs too
 
 
-@pytest.mark.parametrize(("extra", "what"), [
-    (["--synthetic"], "no size"),
-    (["--synthetic", "--size", "40x48"], "40x48"),
-    (["--synthetic", "--size", "32x48", "--frames", "17"], "17 frames"),  # the position table has 13
-    (["--synthetic", "--reference", "reference.png"], "inputs are"),
-    (["--sketch", "sketch.mp4"], "inputs are"),
-    (["--sketch", "nowhere.mp4", "--reference", "nowhere.png"], "does not exist"),
-    (["--sketch", __file__, "--reference", __file__], "cannot identify"),
-])
+@pytest.mark.parametrize(
+    ("extra", "what"),
+    [
+        (["--synthetic"], "no size"),
+        (["--synthetic", "--size", "40x48"], "40x48"),
+        (["--synthetic", "--size", "32x48", "--frames", "17"], "17 frames"),  # the position table has 13
+        (["--synthetic", "--reference", "reference.png"], "inputs are"),
+        (["--sketch", "sketch.mp4"], "inputs are"),
+        (["--sketch", "nowhere.mp4", "--reference", "nowhere.png"], "does not exist"),
+        (["--sketch", __file__, "--reference", __file__], "cannot identify"),
+    ],
+)
 def test_bad_inputs_of_the_official_mode_are_refused(official, tool, extra, what):
     with pytest.raises(tool.InputError, match=what):
         official(*extra)

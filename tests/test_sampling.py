@@ -309,7 +309,8 @@ def test_dynamic_guidance_takes_a_traced_step():
 
 
 def test_step_takes_latents_of_several_windows():
-    """At this shape and rank a reduction over stacked terms crashed the process (XLA on CPU, jaxlib 0.10.2)."""
+    """At this shape and rank a reduction over stacked terms crashed the process (XLA on CPU, jaxlib
+    0.10.2)."""
     sampler = sampling.make_sampler("ddim", 3, SchedulerConfig())
     x, v = np.random.default_rng(0).standard_normal((2, 2, 13, 12, 20, 4), np.float32)
     moved, _ = jax.jit(sampling.step)(sampler, v, x, sampling.init_state(sampler, x), 1)

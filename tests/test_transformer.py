@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+
 from animecolor_jax import params
 from animecolor_jax.config import preset
 from animecolor_jax.errors import InputError
@@ -16,7 +18,6 @@ from animecolor_jax.models.animecolor import AnimeColor, Conditions
 from animecolor_jax.models.layers import unstack
 from animecolor_jax.models.transformer import Block, rotate
 from animecolor_jax.networks import creator, fresh
-from flax import nnx
 
 MANIFESTS = Path(__file__).parent / "fixtures" / "manifests"
 TINY = preset("tiny")
@@ -53,11 +54,14 @@ def inputs(size=(3, 4, 6), batch=1, references=1):
     normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
     channels = config.denoiser.out_channels
     clip = (
-        normal(batch, *size, channels), normal(batch, *size, channels),
-        normal(batch, config.denoiser.text_length, config.denoiser.text_dim), jnp.full(batch, 321),
+        normal(batch, *size, channels),
+        normal(batch, *size, channels),
+        normal(batch, config.denoiser.text_length, config.denoiser.text_dim),
+        jnp.full(batch, 321),
     )
     reference = (
-        normal(1, references, *size[1:], channels), normal(1, references, config.hce.summary_dim),
+        normal(1, references, *size[1:], channels),
+        normal(1, references, config.hce.summary_dim),
         normal(1, references, 6, config.hce.feature_dim),
     )
     return clip, reference
@@ -140,11 +144,14 @@ def test_cached_conditions_equal_uncached(model):
 
 
 def test_a_step_computes_nothing_of_the_reference():
-    """The compiled step costs a plain CogVideoX step, and attention to the bank and to the colour tokens; what is
+    """The compiled step costs a plain CogVideoX step, and attention to the bank and to the colour
+    tokens; what is
     left over, softmaxes and sums, is less than projecting the bank once would be."""
     denoiser = dataclasses.replace(TINY.denoiser, num_layers=2, attention="xla")
     config = dataclasses.replace(
-        TINY, denoiser=denoiser, lcg=dataclasses.replace(denoiser, in_channels=4),
+        TINY,
+        denoiser=denoiser,
+        lcg=dataclasses.replace(denoiser, in_channels=4),
         hce=dataclasses.replace(TINY.hce, num_cross=1),
     )
     model = make_model(config)
@@ -167,7 +174,9 @@ def test_a_step_computes_nothing_of_the_reference():
     project_bank = 2 * (2 * 2 * bank * width * width)
     left_over = cached - plain - block - attend_to_bank - cross_attend
     assert 0 <= left_over < project_bank / 2
-    assert flops(uncached, model, clip, reference) - cached > project_bank, "making the conditions does cost that"
+    assert flops(uncached, model, clip, reference) - cached > project_bank, (
+        "making the conditions does cost that"
+    )
 
 
 def test_both_guidance_branches_share_one_bank(model):
@@ -223,7 +232,9 @@ def test_rotary_positions_turn_video_but_neither_text_nor_bank():
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
     rope = positions.rope_table(16, 3, (4, 6), ((0, 0), (4, 6)))
     x = jax.random.normal(jax.random.key(0), (1, 72, 2, 16))
-    np.testing.assert_allclose(jnp.linalg.norm(rotate(x, rope), axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(rotate(x, rope), axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5
+    )
     same = jnp.broadcast_to(x[:, :1], x.shape)
     turned = rotate(same, rope)[0, :, 0]
     np.testing.assert_allclose(turned[0] @ turned[1], turned[7] @ turned[8], rtol=1e-4)  # neighbours in a row

@@ -1,9 +1,9 @@
 """Measures this implementation, and beside it PyTorch or itself without caching.
 
-    python tools/benchmark.py forward --against torch
-    python tools/benchmark.py vae --against torch
-    python tools/benchmark.py denoise --against torch
-    python tools/benchmark.py denoise --against uncached
+python tools/benchmark.py forward --against torch
+python tools/benchmark.py vae --against torch
+python tools/benchmark.py denoise --against torch
+python tools/benchmark.py denoise --against uncached
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ MEASURES = {"forward": benchmarks.forward, "vae": benchmarks.vae, "denoise": ben
 
 @dataclass
 class Arguments:
-    """Measure speed; with --against, both sides in one run, alternating. Ratios are theirs / ours: above 1 we win."""
+    """Measure speed; with --against, both sides in one run, alternating. Ratios are theirs / ours:
+    above 1 we win."""
 
     measure: Annotated[Literal["forward", "vae", "denoise"], tyro.conf.Positional]
     """What to measure."""
@@ -40,11 +41,15 @@ def run(args):
         raise InputError(f"{args.repeats}", where="--repeats", expected="1 or more")
     results = MEASURES[args.measure](args.against, args.repeats)
     for line in results:
-        against = "" if line["ratio"] is None else f"   theirs {line['theirs']:.3f}   ratio {line['ratio']:.2f}"
+        against = (
+            "" if line["ratio"] is None else f"   theirs {line['theirs']:.3f}   ratio {line['ratio']:.2f}"
+        )
         print(f"{line['name']} ({line['shape']}): {line['ours']:.3f} {line['unit']}{against}")
     ratios = [line["ratio"] for line in results if line["ratio"] is not None]
     return {
-        "device": jax.devices()[0].device_kind, "results": results, "ratio": min(ratios, default=None)
+        "device": jax.devices()[0].device_kind,
+        "results": results,
+        "ratio": min(ratios, default=None),
     }, True
 
 

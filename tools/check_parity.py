@@ -1,7 +1,7 @@
 """Compares this implementation with recorded fixtures of the PyTorch reference, output by output.
 
-    python tools/check_parity.py tests/fixtures/*.safetensors
-    python tools/check_parity.py recording.safetensors --weights weights/ --dtype bfloat16 --backend cudnn
+python tools/check_parity.py tests/fixtures/*.safetensors
+python tools/check_parity.py recording.safetensors --weights weights/ --dtype bfloat16 --backend cudnn
 """
 
 import math
@@ -58,7 +58,9 @@ def run(args):
         )
         ratio, error, name = result.worst
         verdict = "" if result.passed else "  FAILED"
-        print(f"{result.name:24} {len(result.errors):7} {ratio:15.3f} {error:9.1e}  {name}{verdict}", flush=True)
+        print(
+            f"{result.name:24} {len(result.errors):7} {ratio:15.3f} {error:9.1e}  {name}{verdict}", flush=True
+        )
         results.append(result)
     ratio, error, name = max(result.worst for result in results)
     report = {

@@ -1,6 +1,7 @@
 """Converts PyTorch checkpoints to a weights directory and back.
 
-    python tools/convert_torch.py --source CogVideoX/ denoiser=AnimeColor/transformer lcg=AnimeColor/referencenet \
+    python tools/convert_torch.py --source CogVideoX/ denoiser=AnimeColor/transformer
+    lcg=AnimeColor/referencenet \
         image_encoder=RADIO/ --out weights/
     python tools/convert_torch.py --init-from CogVideoX-2b/ --out weights/
     python tools/convert_torch.py --export pytorch/ --weights weights/
@@ -49,7 +50,8 @@ def run(args):
     converting = bool(args.source) or args.init_from is not None
     if converting + (args.export is not None) + bool(args.check_manifest) != 1:
         raise InputError(
-            "nothing to do, or several things at once", where="arguments",
+            "nothing to do, or several things at once",
+            where="arguments",
             expected="one of --source/--init-from with --out, --export with --weights, --check-manifest",
             fix="see --help",
         )

@@ -40,14 +40,16 @@ class Checkpoint:
         self.tokenizer = _tokenizer_files(sources.pop("tokenizer", None))
         self.scheduler = sources.pop("scheduler", None)
         if not sources:
-            raise InputError("no network among the sources", where="--source", expected="a checkpoint with weights")
+            raise InputError(
+                "no network among the sources", where="--source", expected="a checkpoint with weights"
+            )
         self.schedule = None
         if self.scheduler is not None:
             self.schedule = scheduler_from_torch(self.scheduler.config, self.scheduler.config_file)
         self.plans, self._states, self._provenance = {}, {}, {}
         for part, source in sources.items():
             state = open_state_dict(source.path)
-            specs = {key: state.spec(key) for key in state.keys()}
+            specs = {key: state.spec(key) for key in state}
             for plan in make_plans(part, source.config, specs, source.config_file):
                 self.plans[plan.component] = plan
                 self._states[plan.component] = state
@@ -66,9 +68,12 @@ class Checkpoint:
         for component, plan in self.plans.items():
             state, keys = self._states[component], set(self._states[component].keys())
             for alias in rules.aliases(plan.rules):
-                if {alias.torch, alias.of} <= keys and not _same(state.read(alias.torch), state.read(alias.of)):
+                if {alias.torch, alias.of} <= keys and not _same(
+                    state.read(alias.torch), state.read(alias.of)
+                ):
                     raise InputError(
-                        f"{alias.torch} differs from {alias.of}", where=self._provenance[component].path,
+                        f"{alias.torch} differs from {alias.of}",
+                        where=self._provenance[component].path,
                         expected="tied weights to be equal",
                         fix="these are not the weights of a T5 v1.1 encoder, or the file is damaged",
                     )
@@ -85,8 +90,13 @@ class Checkpoint:
     def write(self, writer, plan, leaves, dtype, component=None):
         """Writes `leaves`, made by `plan`, as a component (default: the plan's own)."""
         source, state = self._provenance[plan.component], self._states[plan.component]
-        provenance = {"files": {Path(file).name: sha256(file) for file in state.sources}, "source": source.path.name}
-        write_component(writer, component or plan.component, plan.config, plan.specs, leaves, dtype, provenance)
+        provenance = {
+            "files": {Path(file).name: sha256(file) for file in state.sources},
+            "source": source.path.name,
+        }
+        write_component(
+            writer, component or plan.component, plan.config, plan.specs, leaves, dtype, provenance
+        )
 
     def write_rest(self, writer):
         """Writes schedule and tokenizer, where there are sources for them."""
@@ -155,11 +165,14 @@ def init_from(directory, out, *, source=(), dtype=None, seed=0, hce=None):
     checkpoint = Checkpoint(resolve([str(directory), *source]))
     base = checkpoint.plans.get("denoiser")
     if base is None or base.config.in_channels != base.config.out_channels or "hce" in checkpoint.plans:
-        found = "no transformer" if base is None else (
-            f"a transformer with {base.config.in_channels} input and {base.config.out_channels} output channels"
-        )
+        found = "no transformer"
+        if base is not None:
+            channels = f"{base.config.in_channels} input and {base.config.out_channels} output channels"
+            found = f"a transformer with {channels}"
         raise InputError(
-            f"holds {found}", where=directory, expected="a plain CogVideoX, without control channels or HCE",
+            f"holds {found}",
+            where=directory,
+            expected="a plain CogVideoX, without control channels or HCE",
             fix="convert a checkpoint that has them already with --source",
         )
     if "lcg" in checkpoint.plans:
@@ -170,25 +183,32 @@ def init_from(directory, out, *, source=(), dtype=None, seed=0, hce=None):
     if "image_encoder" in checkpoint.plans:
         encoder = checkpoint.plans["image_encoder"].config
         extractor = replace(
-            extractor, feature_dim=encoder.embed_dim, summary_dim=encoder.num_summary_tokens * encoder.embed_dim
+            extractor,
+            feature_dim=encoder.embed_dim,
+            summary_dim=encoder.num_summary_tokens * encoder.embed_dim,
         )
     check_fit({"denoiser": denoiser, "lcg": base.config, "hce": extractor})
     kernel = base.specs["patch_embed/kernel"]  # [p, p, C, D]: latents first, then the sketch
     patch, _, channels, dim = kernel.shape
     wide = replace(
-        base, config=denoiser,
+        base,
+        config=denoiser,
         specs={**base.specs, "patch_embed/kernel": Spec((patch, patch, 2 * channels, dim), kernel.dtype)},
     )
 
     def widened():
         for name, leaf in checkpoint.leaves(base):
-            yield name, np.concatenate([leaf, np.zeros_like(leaf)], axis=2) if name == "patch_embed/kernel" else leaf
+            yield (
+                name,
+                np.concatenate([leaf, np.zeros_like(leaf)], axis=2) if name == "patch_embed/kernel" else leaf,
+            )
 
     with writer:
         checkpoint.write(writer, wide, widened(), dtype)
         checkpoint.write(writer, base, checkpoint.leaves(base), dtype, component="lcg")
         specs = {
-            name: Spec(leaf.shape, jnp.dtype(denoiser.dtype)) for name, leaf in abstract("hce", extractor).items()
+            name: Spec(leaf.shape, jnp.dtype(denoiser.dtype))
+            for name, leaf in abstract("hce", extractor).items()
         }
         note = {"initialised": f"randomly, seed {seed}; outputs of the cross-attentions zero"}
         write_component(writer, "hce", extractor, specs, initial_leaves("hce", extractor, seed), dtype, note)
@@ -223,7 +243,9 @@ def check_manifests(files):
             config = values["config"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
-                f"is no manifest: {error!r}", where=file, expected='{"config": {...}, "keys": {name: [shape, dtype]}}'
+                f"is no manifest: {error!r}",
+                where=file,
+                expected='{"config": {...}, "keys": {name: [shape, dtype]}}',
             ) from error
         for plan in make_plans(detect_component(specs, file), config, specs, file):
             components.append(plan.component)
@@ -239,8 +261,8 @@ def check_fit(components):
         animecolor.check(components["denoiser"], components.get("lcg"), components.get("hce"))
 
 
-def _report(components, parameters, problems=rules.Problems((), (), ())):
-    lists = {name: list(keys) for name, keys in problems._asdict().items()}
+def _report(components, parameters, problems=None):
+    lists = (problems or rules.Problems([], [], []))._asdict()
     return {"components": components, "parameters": parameters, **lists}
 
 
@@ -252,10 +274,14 @@ def _tokenizer_files(source):
     if source is None:
         return []
     path = source.path
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if TOKENIZER_FILES.fullmatch(f.name))
+    files = (
+        [path] if path.is_file() else sorted(f for f in path.iterdir() if TOKENIZER_FILES.fullmatch(f.name))
+    )
     if not any(file.name in ("spiece.model", "tokenizer.json", "byte_level.json") for file in files):
         raise InputError(
-            "holds no tokenizer", where=path, expected="spiece.model or tokenizer.json",
+            "holds no tokenizer",
+            where=path,
+            expected="spiece.model or tokenizer.json",
             fix="download the tokenizer folder of the checkpoint",
         )
     return files

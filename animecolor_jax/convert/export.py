@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from animecolor_jax import safetensors_io
-from animecolor_jax.convert import hce, scheduler
+from animecolor_jax.convert import scheduler
 from animecolor_jax.convert.plan import TABLES
 from animecolor_jax.convert.rules import sources
 from animecolor_jax.errors import InputError
@@ -44,7 +44,9 @@ def export_checkpoint(weights, out):
     weights, out = Weights(weights), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
-            "exists already and is not an empty folder", where=out, expected="a folder that does not exist yet",
+            "exists already and is not an empty folder",
+            where=out,
+            expected="a folder that does not exist yet",
             fix="choose another name or remove it",
         )
     present = [name for name in TABLES if getattr(weights.config, name) is not None]

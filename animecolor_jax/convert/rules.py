@@ -78,7 +78,8 @@ class Source(NamedTuple):
         """The leaf, from `read(torch key) -> array`, allocated once.
 
         Args:
-            dtype: of a stacked leaf; needed where layers of one leaf differ in dtype. Default: the first layer's.
+            dtype: of a stacked leaf; needed where layers of one leaf differ in dtype. Default: the
+            first layer's.
         """
         if not self.stacked:
             return self.transform.load(read(self.keys[0]))
@@ -204,9 +205,7 @@ def require_match(problems, *, where):
     """Raises one InputError that lists every missing, unexpected and misshapen key."""
     if problems:
         lists = "; ".join(
-            f"{len(keys)} {kind}: {', '.join(keys)}"
-            for kind, keys in problems._asdict().items()
-            if keys
+            f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in problems._asdict().items() if keys
         )
         raise InputError(
             f"the checkpoint does not fit: {lists}",

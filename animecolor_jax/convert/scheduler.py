@@ -25,7 +25,9 @@ def config_from_torch(config, where):
     for key, only in FIXED.items():
         if config.get(key, only) != only:
             raise InputError(
-                f"{key} is {config[key]!r}", where=where, expected=f"{key} = {only!r}",
+                f"{key} is {config[key]!r}",
+                where=where,
+                expected=f"{key} = {only!r}",
                 fix="this noise schedule is not supported",
             )
     values = {}
@@ -42,5 +44,9 @@ def config_to_torch(config):
     """scheduler_config.json of diffusers' CogVideoXDDIMScheduler, which the other schedulers read as well."""
     values = {field: getattr(config, field) for field in FIELDS}
     return {
-        "_class_name": "CogVideoXDDIMScheduler", "clip_sample_range": 1.0, "sample_max_value": 1.0, **FIXED, **values
+        "_class_name": "CogVideoXDDIMScheduler",
+        "clip_sample_range": 1.0,
+        "sample_max_value": 1.0,
+        **FIXED,
+        **values,
     }

@@ -43,7 +43,8 @@ def resolve(sources):
         {part: Source}, parts being `PARTS`.
 
     Raises:
-        InputError: a path that is missing, no component in it, an unknown part, or two candidates for one part.
+        InputError: a path that is missing, no component in it, an unknown part, or two candidates for
+        one part.
     """
     named, found = {}, {}
     for text in sources:
@@ -52,7 +53,9 @@ def resolve(sources):
             named.setdefault(part, []).append(_existing(path))
         elif separator and not Path(text).exists():
             raise InputError(
-                f"unknown part {part!r}", where=f"--source {text}", expected=f"one of {', '.join(PARTS)}, or a path",
+                f"unknown part {part!r}",
+                where=f"--source {text}",
+                expected=f"one of {', '.join(PARTS)}, or a path",
                 fix="for example --source denoiser=AnimeColor/transformer",
             )
         else:
@@ -62,10 +65,14 @@ def resolve(sources):
     double = {part: paths for part, paths in candidates.items() if len(paths) > 1}
     if double:
         raise InputError(
-            "; ".join(f"{part} has {len(paths)} candidates: {', '.join(map(str, paths))}"
-                      for part, paths in sorted(double.items())),
-            where="--source", expected="one source for each component",
-            fix="name the one to take, e.g. " + " ".join(f"{part}={paths[0]}" for part, paths in double.items()),
+            "; ".join(
+                f"{part} has {len(paths)} candidates: {', '.join(map(str, paths))}"
+                for part, paths in sorted(double.items())
+            ),
+            where="--source",
+            expected="one source for each component",
+            fix="name the one to take, e.g. "
+            + " ".join(f"{part}={paths[0]}" for part, paths in double.items()),
         )
     return {part: _source(part, candidates[part][0]) for part in PARTS if part in candidates}
 
@@ -73,7 +80,9 @@ def resolve(sources):
 def _existing(path):
     path = Path(path)
     if not path.exists():
-        raise InputError("does not exist", where=path, expected="a checkpoint file or directory", fix="check the path")
+        raise InputError(
+            "does not exist", where=path, expected="a checkpoint file or directory", fix="check the path"
+        )
     return path
 
 
@@ -88,8 +97,9 @@ def _scan(path):
         if part := next((_CLASSES[name] for name in names if name in _CLASSES), None):
             return [(part, path)]
     raise InputError(
-        "cannot tell which component this is", where=path,
-        expected=f"a directory with sub-folders {', '.join(SUBFOLDERS)}, or one whose config.json names its class",
+        "cannot tell which component this is",
+        where=path,
+        expected=f"sub-folders {', '.join(SUBFOLDERS)}, or a config.json that names its class",
         fix=f"name it: --source denoiser={path}",
     )
 
@@ -118,12 +128,17 @@ def _read_config(path, name="config.json"):
                 config = json.loads(file.read_text())
             except (ValueError, UnicodeDecodeError) as error:
                 raise InputError(
-                    f"is not JSON: {error}", where=file, expected="a JSON object", fix="download the file again"
+                    f"is not JSON: {error}",
+                    where=file,
+                    expected="a JSON object",
+                    fix="download the file again",
                 ) from error
             if not isinstance(config, dict):
                 raise InputError(f"holds a {type(config).__name__}", where=file, expected="a JSON object")
             return config, str(file)
     raise InputError(
-        f"has no {name}", where=path, expected=" or ".join(map(str, candidates)),
+        f"has no {name}",
+        where=path,
+        expected=" or ".join(map(str, candidates)),
         fix="put the config.json that was published with these weights there",
     )

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from animecolor_jax.errors import InputError
-from animecolor_jax.models.hce import HCE, CrossConditions
-from animecolor_jax.models.transformer import KeyValue, Transformer
+from animecolor_jax.models.hce import CrossConditions
+from animecolor_jax.models.transformer import KeyValue
 
 
 class Conditions(NamedTuple):
@@ -81,16 +81,22 @@ def check(denoiser, lcg=None, hce=None):
     if lcg is not None:
         for field in ("num_layers", "num_heads", "head_dim"):
             if getattr(lcg, field) != getattr(denoiser, field):
-                problems.append(f"lcg.{field} is {getattr(lcg, field)}, the denoiser's {getattr(denoiser, field)}")
+                problems.append(
+                    f"lcg.{field} is {getattr(lcg, field)}, the denoiser's {getattr(denoiser, field)}"
+                )
     if hce is not None:
         if denoiser.num_layers % hce.interval:
             problems.append(f"{denoiser.num_layers} blocks do not divide by hce.interval {hce.interval}")
         elif hce.num_cross != denoiser.num_layers // hce.interval:
-            problems.append(f"hce.num_cross is {hce.num_cross}, expected {denoiser.num_layers // hce.interval}")
+            problems.append(
+                f"hce.num_cross is {hce.num_cross}, expected {denoiser.num_layers // hce.interval}"
+            )
         if hce.model_dim != denoiser.dim:
             problems.append(f"hce.model_dim is {hce.model_dim}, the denoiser's width {denoiser.dim}")
     if problems:
         raise InputError(
-            "; ".join(problems), where="config", expected="networks of one model",
+            "; ".join(problems),
+            where="config",
+            expected="networks of one model",
             fix="convert denoiser and LCG of the same checkpoint",
         )

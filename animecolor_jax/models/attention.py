@@ -16,7 +16,8 @@ def attention(q, k, v, backend="auto"):
 
     Args:
         q: [B, S, N, H]; k, v: [B, K, N, H], all of one dtype.
-        backend: one of `BACKENDS`; "auto" takes cudnn on NVIDIA in half precision, splash on TPU, else chunked.
+        backend: one of `BACKENDS`; "auto" takes cudnn on NVIDIA in half precision, splash on TPU, else
+        chunked.
 
     Raises:
         ValueError: unknown backend, or one that the device or dtype does not have.
@@ -59,9 +60,7 @@ def _chunked(q, k, v):
     def one_chunk(q, k, v):  # [..., S, H], [..., K, H]
         scores = jnp.einsum("...sh,...kh->...sk", q, k, preferred_element_type=jnp.float32) * scale
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        out = jnp.einsum(
-            "...sk,...kh->...sh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
+        out = jnp.einsum("...sk,...kh->...sh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
     if jax.default_backend() == "cpu":
@@ -98,9 +97,14 @@ def splash(q, k, v, *, interpret=False):
     )
     mask = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * heads)
     sizes = kernel.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block,
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-        block_q_dq=block, block_kv_dq=block,
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
     )
     attend = kernel.make_splash_mha(
         mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret

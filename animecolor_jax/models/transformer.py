@@ -30,7 +30,8 @@ class KeyValue(NamedTuple):
 
 
 class PatchEmbed(nnx.Module):
-    """Patches of each frame -> tokens, ordered (frame, row, column). Odd sizes lose their last row or column."""
+    """Patches of each frame -> tokens, ordered (frame, row, column). Odd sizes lose their last row or
+    column."""
 
     def __init__(self, config, *, rngs):
         self.config = config
@@ -44,7 +45,9 @@ class PatchEmbed(nnx.Module):
         height, width = (size // patch * patch for size in latents.shape[2:4])
         patches = rearrange(
             latents[:, :, :height, :width].astype(dtype),
-            "b t (h p) (w q) c -> b (t h w) (p q c)", p=patch, q=patch,
+            "b t (h p) (w q) c -> b (t h w) (p q c)",
+            p=patch,
+            q=patch,
         )
         kernel = self.kernel[...].astype(dtype)
         return patches @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(dtype)
@@ -208,7 +211,11 @@ class Transformer(nnx.Module):
         patch = config.patch_size
         table = (config.sample_height // patch, config.sample_width // patch)
         time, rows, columns = positions.sincos_axes(
-            config.dim, frames, *table, config.spatial_interpolation_scale, config.temporal_interpolation_scale
+            config.dim,
+            frames,
+            *table,
+            config.spatial_interpolation_scale,
+            config.temporal_interpolation_scale,
         )
         rows = positions.resize_matrix(table[0], height // patch) @ rows.astype(np.float32)
         columns = positions.resize_matrix(table[1], width // patch) @ columns.astype(np.float32)
@@ -237,8 +244,13 @@ class Transformer(nnx.Module):
         shift, scale = jnp.split(self.modulation_out(silu(temb))[:, None], 2, axis=-1)
         video = self.norm_out(self.norm_final(video)) * (1 + scale) + shift
         return rearrange(
-            self.out(video), "b (t h w) (c p q) -> b t (h p) (w q) c",
-            t=frames, h=height // patch, w=width // patch, p=patch, q=patch,
+            self.out(video),
+            "b (t h w) (c p q) -> b t (h p) (w q) c",
+            t=frames,
+            h=height // patch,
+            w=width // patch,
+            p=patch,
+            q=patch,
         )
 
     def write_bank(self, latents, text_length):
@@ -292,7 +304,8 @@ class Transformer(nnx.Module):
                 text, video, _ = block(*tokens, temb, block_bank, rope)
                 if cross_layer is not None and i == 0:
                     video = cross.add(video, *cross_layer)
-                # blocks end alike whether they share a scan body or not: without this, XLA skips the rounding to
+                # blocks end alike whether they share a scan body or not: without this, XLA skips the
+                # rounding to
                 # bfloat16 between two of them, and a fresh HCE would change the last bits
                 tokens = jax.lax.optimization_barrier((text, video))
             return tokens, None

@@ -34,7 +34,8 @@ class Result:
     """How one fixture compares.
 
     Attributes:
-        errors: {output: (error, tolerance)}; the error is infinite where shapes differ or we have no such output.
+        errors: {output: (error, tolerance)}; the error is infinite where shapes differ or we have no
+        such output.
         not_compared: outputs that the fixture says to skip, or has no bfloat16 figure for.
     """
 
@@ -45,8 +46,10 @@ class Result:
     @property
     def worst(self):
         """(error / tolerance, error, output) of the worst output."""
-        ratios = ((error / tolerance if tolerance else (0.0 if error == 0 else np.inf), error, name)
-                  for name, (error, tolerance) in self.errors.items())
+        ratios = (
+            (error / tolerance if tolerance else (0.0 if error == 0 else np.inf), error, name)
+            for name, (error, tolerance) in self.errors.items()
+        )
         return max(ratios, default=(0.0, 0.0, ""))
 
     @property
@@ -68,7 +71,9 @@ def check_fixture(path, *, dtype="float32", attention="auto", tolerance=None, we
     """
     tensors, meta = _read(Path(path))
     kind, config = meta["kind"], meta["config"]
-    wanted = {name.removeprefix("outputs/"): value for name, value in tensors.items() if name.startswith("outputs/")}
+    wanted = {
+        name.removeprefix("outputs/"): value for name, value in tensors.items() if name.startswith("outputs/")
+    }
     result = Result(meta.get("name", Path(path).stem))
     half = dtype != "float32"
     measures = {
@@ -96,8 +101,10 @@ def _read(path):
     file = path.with_suffix(".json")
     if not path.is_file() or not file.is_file():
         raise InputError(
-            "does not exist" if not path.is_file() else f"has no {file.name} beside it", where=path,
-            expected="FIXTURE.safetensors and FIXTURE.json", fix="record one with tools/record_reference.py",
+            "does not exist" if not path.is_file() else f"has no {file.name} beside it",
+            where=path,
+            expected="FIXTURE.safetensors and FIXTURE.json",
+            fix="record one with tools/record_reference.py",
         )
     with safetensors_io.Reader(path) as reader:
         tensors = {name: reader.read(name) for name in reader.specs}
@@ -105,7 +112,9 @@ def _read(path):
         meta = json.loads(file.read_text())
         meta["kind"], meta["config"]["cases"], meta["tolerance"]["default"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"cannot be read: {error!r}", where=file, expected="kind, config and tolerance") from error
+        raise InputError(
+            f"cannot be read: {error!r}", where=file, expected="kind, config and tolerance"
+        ) from error
     return tensors, meta
 
 
@@ -119,7 +128,9 @@ def _bound(meta, name, half, override):
     if half:  # the rule of the fixtures' README: 1.5 times the reference's own error, plus 1e-3
         entry = (meta.get("bfloat16_vs_float32") or {}).get(name)
         return 1.5 * entry["rel_rms"] + 1e-3 if entry else None
-    matches = [value for pattern, value in rules.get("patterns", {}).items() if fnmatch.fnmatchcase(key, pattern)]
+    matches = [
+        value for pattern, value in rules.get("patterns", {}).items() if fnmatch.fnmatchcase(key, pattern)
+    ]
     return matches[-1] if matches else rules["default"]
 
 

@@ -1,6 +1,7 @@
 """Every output of the single-network fixtures, computed by our code.
 
-Each function takes a fixture's tensors and config and yields (output name, our value) in the fixture's layout.
+Each function takes a fixture's tensors and config and yields (output name, our value) in the fixture's
+layout.
 Blocks are run one by one here, to look between them; the whole network runs as everywhere, scanned.
 """
 
@@ -75,7 +76,9 @@ def trace_blocks(model, latents, text, timestep, bank=None, rope=None, hce=None,
         yield f"block_{i}/hidden", video
         if cross is not None and i % hce.config.interval == 0:
             j = i // hce.config.interval
-            added = jax.jit(lambda layer, *xs: layer(*xs))(unstack(hce.cross_attn, j), video, unstack(cross, j))
+            added = jax.jit(lambda layer, *xs: layer(*xs))(
+                unstack(hce.cross_attn, j), video, unstack(cross, j)
+            )
             yield f"cross_attn_{j}", added
             video = video + hce.config.scale * added
 
@@ -100,8 +103,11 @@ def transformer(tensors, config, dtype, attention):
 def load_animecolor(tensors, config, dtype, attention):
     """Denoiser, LCG and HCE of a fixture, as one model."""
     denoiser = load_networks(
-        "denoiser", {**config["denoiser"], "hce": config.get("hce", {})}, group(tensors, "weights/denoiser/"),
-        dtype=dtype, attention=attention,
+        "denoiser",
+        {**config["denoiser"], "hce": config.get("hce", {})},
+        group(tensors, "weights/denoiser/"),
+        dtype=dtype,
+        attention=attention,
     )
     lcg = load_networks(
         "lcg", config["reference"], group(tensors, "weights/reference/"), dtype=dtype, attention=attention
@@ -120,7 +126,9 @@ def animecolor(tensors, config, dtype, attention):
     model = load_animecolor(tensors, config, dtype, attention)
     for case in config["cases"]:
         inputs = {
-            name: jnp.asarray(value).astype(dtype) if value.dtype == np.float32 and "rope" not in name else value
+            name: jnp.asarray(value).astype(dtype)
+            if value.dtype == np.float32 and "rope" not in name
+            else value
             for name, value in group(tensors, f"inputs/{case}/").items()
         }
         rope, timestep, text = _rope(inputs), jnp.asarray(inputs["timestep"]), inputs["encoder_hidden_states"]
@@ -132,11 +140,15 @@ def animecolor(tensors, config, dtype, attention):
         branches = len(text) // len(reference)
         for i, layer in enumerate(bank):
             yield f"{case}/bank_{i}", jnp.tile(layer, (branches, 1, 1))
-        if len(reference) > 1:  # one clip's conditions serve all branches, those of several are repeated for each
+        if (
+            len(reference) > 1
+        ):  # one clip's conditions serve all branches, those of several are repeated for each
             conditions = jax.tree.map(lambda x: jnp.concatenate([x] * branches, axis=1), conditions)  # noqa: B023
         latents, sketch = channels_last(inputs["hidden_states"]), channels_last(inputs["control_latents"])
         if f"outputs/{case}/block_0/hidden" in tensors:
-            yield from _traces(case, model, reference, branches, latents, sketch, text, timestep, conditions, rope)
+            yield from _traces(
+                case, model, reference, branches, latents, sketch, text, timestep, conditions, rope
+            )
         v = jax.jit(lambda m, *xs: m(*xs))(model, latents, sketch, text, timestep, conditions, rope)
         yield f"{case}/noise_pred", channels_third(v)
 
@@ -159,7 +171,10 @@ def _traces(case, model, reference, branches, latents, sketch, text, timestep, c
 def _hce_outputs(network, summary, features, video):
     """Every intermediate result of HCE, by the fixture's names."""
     qformer = network.qformer
-    out = {"id_embedding_mapping": qformer.summary_mlp(summary), "id_mapping": qformer.join(summary, features)}
+    out = {
+        "id_embedding_mapping": qformer.summary_mlp(summary),
+        "id_mapping": qformer.join(summary, features),
+    }
     tokens = qformer.prepend_latents(out["id_mapping"])
     for i in range(network.config.depth):
         layer = unstack(qformer.layers, i)
@@ -185,10 +200,17 @@ def hce(tensors, config, dtype, attention):
     """`hce`: Q-Former with its MLPs and one cross-attention."""
     weights = group(tensors, "weights/")
     state = {
-        name.replace("/", ".", 1).replace("perceiver_cross_attention.", "perceiver_cross_attention.0.", 1): value
+        name.replace("/", ".", 1).replace(
+            "perceiver_cross_attention.", "perceiver_cross_attention.0.", 1
+        ): value
         for name, value in weights.items()
     }
-    values = {"hce": config["hce"], "LFE_heads": config["LFE_heads"], "num_layers": 1, "cross_attn_interval": 1}
+    values = {
+        "hce": config["hce"],
+        "LFE_heads": config["LFE_heads"],
+        "num_layers": 1,
+        "cross_attn_interval": 1,
+    }
     network = _load_hce(values, state, dtype)
     yield from _hce_cases(network, tensors, config["cases"], dtype)
 
@@ -212,8 +234,11 @@ def hce_fulldims(tensors, config, dtype, attention):
         "id_vit_hidden": (1, 54, network.feature_dim),
         "hidden_states": (1, 40, network.model_dim),
     }
-    inputs = {f"inputs/{case}/{name}": procedural(name, shape) for name, shape in shapes.items()
-              for case in config["cases"]}
+    inputs = {
+        f"inputs/{case}/{name}": procedural(name, shape)
+        for name, shape in shapes.items()
+        for case in config["cases"]
+    }
     model = _load_hce({"num_layers": 1, "cross_attn_interval": 1}, state, dtype)
     yield from _hce_cases(model, inputs, config["cases"], dtype)
 
@@ -222,7 +247,13 @@ def hce_fulldims(tensors, config, dtype, attention):
 def _vae_full(vae, pixels, noise):
     moments = vae.encode(pixels)
     mean, std = posterior(moments)
-    return {"moments": moments, "mean": mean, "std": std, "sample": mean + std * noise, "decoded": vae.decode(mean)}
+    return {
+        "moments": moments,
+        "mean": mean,
+        "std": std,
+        "sample": mean + std * noise,
+        "decoded": vae.decode(mean),
+    }
 
 
 def vae(tensors, config, dtype, attention):
@@ -252,7 +283,9 @@ def vae(tensors, config, dtype, attention):
 
 def t5(tensors, config, dtype, attention):
     """`t5`: the encoder and every hidden state."""
-    model = load_networks("text_encoder", config["model"], group(tensors, "weights/"), dtype=dtype)["text_encoder"]
+    model = load_networks("text_encoder", config["model"], group(tensors, "weights/"), dtype=dtype)[
+        "text_encoder"
+    ]
     for case, spec in config["cases"].items():
         inputs = group(tensors, f"inputs/{case}/")
         ids = jnp.asarray(inputs["input_ids"])
@@ -300,5 +333,3 @@ def pos_tables(tensors, config, dtype, attention):
     timesteps = np.asarray(config["timesteps"])
     yield "timestep/timesteps", timesteps
     yield "timestep/embedding", timestep_embedding(jnp.asarray(timesteps), config["timestep_dim"])
-
-

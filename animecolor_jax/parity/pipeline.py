@@ -12,16 +12,27 @@ from animecolor_jax.convert.scheduler import config_from_torch as scheduler_from
 from animecolor_jax.errors import InputError
 from animecolor_jax.models.animecolor import AnimeColor, Conditions
 from animecolor_jax.models.vae import decode_slices
-from animecolor_jax.parity.networks import channels_last, channels_third, frames_third, from_video, load_animecolor
-from animecolor_jax.parity.networks import trace_blocks
+from animecolor_jax.parity.networks import (
+    channels_last,
+    channels_third,
+    frames_third,
+    from_video,
+    load_animecolor,
+    trace_blocks,
+)
 from animecolor_jax.parity.weights import group, load_networks
 from animecolor_jax.pipeline import Pipeline
 from animecolor_jax.sampling import init_state, make_sampler, scale_input
 from animecolor_jax.weights import Weights
 
 SAMPLERS = {
-    "DDIM_Origin": "ddim", "DDIM_Cog": "ddim-cog", "DPM_Cog": "dpm-cog", "DPM++": "dpmpp-2m", "Euler": "euler",
-    "Euler A": "euler-a", "PNDM": "pndm",
+    "DDIM_Origin": "ddim",
+    "DDIM_Cog": "ddim-cog",
+    "DPM_Cog": "dpm-cog",
+    "DPM++": "dpmpp-2m",
+    "Euler": "euler",
+    "Euler A": "euler-a",
+    "PNDM": "pndm",
 }
 
 
@@ -31,7 +42,9 @@ def load(tensors, config, dtype, attention, weights=None):
     if config.get("weights") == "external":
         if weights is None:
             raise InputError(
-                "the recording holds no weights", where="--weights", expected="the converted checkpoint",
+                "the recording holds no weights",
+                where="--weights",
+                expected="the converted checkpoint",
                 fix="python tools/convert_torch.py --source ... --out WEIGHTS, then --weights WEIGHTS",
             )
         directory = Weights(weights)
@@ -46,12 +59,17 @@ def load(tensors, config, dtype, attention, weights=None):
         return Pipeline(model, loaded["vae"], loaded["text_encoder"], encoder, None, scheduler)
 
     def network(component, section, prefix):
-        return load_networks(component, config[section], group(tensors, f"weights/{prefix}/"), dtype=dtype)[component]
+        return load_networks(component, config[section], group(tensors, f"weights/{prefix}/"), dtype=dtype)[
+            component
+        ]
 
     return Pipeline(
-        load_animecolor(tensors, config, dtype, attention), network("vae", "vae", "vae"),
-        network("text_encoder", "text_encoder", "text_encoder"), network("image_encoder", "radio", "radio"),
-        None, scheduler,
+        load_animecolor(tensors, config, dtype, attention),
+        network("vae", "vae", "vae"),
+        network("text_encoder", "text_encoder", "text_encoder"),
+        network("image_encoder", "radio", "radio"),
+        None,
+        scheduler,
     )
 
 
@@ -99,7 +117,10 @@ def _conditions(pipe, inputs, dtype, encode, traced):
     reference = denoise.reference_latents(pipe.vae, moments, from_video(inputs["ref_noise"]))
     yield "ref_latents", channels_third(reference)
     if pipe.model.hce is not None:
-        yield "hce_tokens", jax.jit(lambda m, *xs: m.color_tokens(*xs))(pipe.model, summary[:, None], features[:, None])
+        yield (
+            "hce_tokens",
+            jax.jit(lambda m, *xs: m.color_tokens(*xs))(pipe.model, summary[:, None], features[:, None]),
+        )
     if traced:
         bank = jax.jit(lambda m, x: m.bank(x))(pipe.model, reference)
         yield from ((f"bank_{i}", layer) for i, layer in enumerate(bank))
@@ -119,8 +140,20 @@ def _denoise(pipe, inputs, spec, dtype, text, sketch, conditions, traced):
         if traced and i == 0:
             yield from _trace_first_step(pipe.model, scaled, sketch, text, timestep, conditions, rope)
         latents, state, _ = denoise.denoise_step(
-            pipe.model, latents, state, sketch, text, conditions, rope, sampler, spec["guidance_scale"], i, None,
-            layout.weights, layout.index, dtype=dtype,
+            pipe.model,
+            latents,
+            state,
+            sketch,
+            text,
+            conditions,
+            rope,
+            sampler,
+            spec["guidance_scale"],
+            i,
+            None,
+            layout.weights,
+            layout.index,
+            dtype=dtype,
         )
         yield f"step_{i}/noise_pred_raw", channels_third(v)
         yield f"step_{i}/timestep", np.asarray(sampler.timesteps[i : i + 1])

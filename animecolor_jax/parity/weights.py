@@ -15,7 +15,7 @@ from animecolor_jax.safetensors_io import Spec
 
 def group(tensors, prefix):
     """{rest of name: tensor} of the tensors whose names start with `prefix`."""
-    return {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def load_networks(component, config, state_dict, *, dtype="float32", where="fixture", **overrides):
@@ -65,6 +65,8 @@ def procedural_weight(name, shape):
     if name.endswith(".latents"):
         return procedural(name, shape, 0.7)
     if len(shape) == 1:
-        return procedural(name, shape, 0.25, 1.0) if name.endswith(".weight") else procedural(name, shape, 0.15)
+        return (
+            procedural(name, shape, 0.25, 1.0) if name.endswith(".weight") else procedural(name, shape, 0.15)
+        )
     fan_in = shape[0] if name.endswith(".proj_out") else shape[1]
     return procedural(name, shape, fan_in**-0.5)
