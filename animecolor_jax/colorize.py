@@ -1,7 +1,6 @@
 """What tools/colorize.py does: files in, files out, around `Pipeline`."""
 
 import csv
-import functools
 import io
 import sys
 import tempfile
@@ -84,11 +83,12 @@ class Colorizer:
         self.weights, self.dtype = Weights(weights), dtype
         self.weights.require(*CONFIG_CLASSES)
         self.tokenizer = Tokenizer.load(self.weights.directory / "tokenizer")
+        self.pipeline = None
 
-    @functools.cached_property
-    def pipeline(self):
-        """The networks, loaded on first use."""
-        return Pipeline.load(self.weights.directory, dtype=self.dtype, mesh=self.mesh)
+    def load(self):
+        """Loads the networks, once; InputError if they are damaged."""
+        if self.pipeline is None:
+            self.pipeline = Pipeline.load(self.weights.directory, dtype=self.dtype, mesh=self.mesh)
 
     def read(self, job):
         """Reads a job's files and checks all that can be known without the networks.
@@ -114,8 +114,9 @@ class Colorizer:
         """
         if inputs.inverted and job.invert == "auto":
             print(f"{job.sketch}: light lines on dark; inverted (--invert no to keep)", file=sys.stderr)
-        pipeline, began = self.pipeline, time.perf_counter()
-        video = pipeline(
+        self.load()
+        began = time.perf_counter()
+        video = self.pipeline(
             inputs.sketch, inputs.references, noise=inputs.noise, dynamic_guidance=job.dynamic_guidance,
             key=jax.random.key(job.seed), progress=progress, **job.options(),
         )
@@ -126,7 +127,7 @@ class Colorizer:
             "out": str(job.out),
             "frames": len(video), "height": video.shape[1], "width": video.shape[2],
             "seconds": round(time.perf_counter() - began, 3),
-            "seconds_per_step": round(pipeline.seconds["denoise"] / job.steps, 4),
+            "seconds_per_step": round(self.pipeline.seconds["denoise"] / job.steps, 4),
         }
 
     def run_all(self, jobs):
@@ -139,7 +140,7 @@ class Colorizer:
             {"clips": reports of `run`, "skipped": outputs that were there, "failed": {output: why}}.
 
         Raises:
-            InputError: a job that cannot be run, before the first one is.
+            InputError: a job that cannot be run, before the first one is; damaged weights.
         """
         todo = {where: job for where, job in jobs.items() if not _is_there(job.out)}
         skipped = [str(job.out) for where, job in jobs.items() if where not in todo]
@@ -150,6 +151,7 @@ class Colorizer:
                 raise _moved(error, f"{where}: {error.where}") from error
         done, failed = [], {}
         for job in tqdm(todo.values(), desc="clips", disable=not sys.stderr.isatty()):
+            self.load()  # not in the try: damaged weights fail all jobs alike
             try:
                 done.append(self.run(job, self.read(job), progress=False))
                 print(job.out, flush=True)

@@ -432,8 +432,12 @@ def test_damaged_weights_are_refused(colorize, folder, tmp_path):
     weights = shutil.copytree(folder / "weights", tmp_path / "weights")
     data = (weights / "vae.safetensors").read_bytes()
     (weights / "vae.safetensors").write_bytes(data[:-1])
-    code, report, _ = colorize({**BASE, "--weights": weights, "--out": tmp_path / "out.mp4"})
-    assert code == 2 and report["error"]["where"].endswith("vae.safetensors")
+    out, jobs = tmp_path / "out.mp4", tmp_path / "jobs.csv"
+    jobs.write_text(f"sketch,reference,out\nsketch.mkv,reference.png,{out}\n")
+    for flags in ({**BASE, "--out": out}, {**FAST, "--jobs": jobs}):
+        code, report, _ = colorize({**flags, "--weights": weights})
+        assert code == 2 and report["error"]["where"].endswith("vae.safetensors")
+    assert not out.exists()
 
 
 def test_weights_that_are_not_a_number_stop_the_run(colorize, folder, tmp_path):
