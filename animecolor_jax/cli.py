@@ -7,16 +7,13 @@ Results go to stdout, diagnostics to stderr; with --json the last line of stdout
 import contextlib
 import io
 import json
-import os
 import re
 import sys
-from pathlib import Path
 
-import jax
 import tyro
 
 from animecolor_jax.errors import InputError
-from animecolor_jax.pipeline import NonFiniteError
+from animecolor_jax.pipeline import NonFiniteError, use_compilation_cache
 
 MAX_SIDE = 16384  # of an H.264 picture
 
@@ -30,7 +27,7 @@ def main(run, arguments):
     """
     try:
         args = _parse(arguments, sys.argv[1:])
-        _use_compilation_cache()
+        use_compilation_cache()
         result, holds = run(args)
         code = 0 if holds else 1
     except InputError as error:
@@ -68,14 +65,6 @@ def _parse(arguments, argv):
         lines = [line.strip("│─ ") for line in said.getvalue().splitlines() if line[:1] not in "╭╰"]
         what = " ".join(filter(None, lines)).partition(" For full helptext")[0]
         raise InputError(what, where="arguments", expected="what --help lists", fix="see --help") from None
-
-
-def _use_compilation_cache():
-    """Compiled programs survive the process, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(cache / "animecolor_jax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def parse_size(text, where="--size"):

@@ -218,7 +218,7 @@ class Pipeline:
         self.seconds = {}
         stage = partial(_stage, seconds=self.seconds, show=show)
         chunks = len(plan.starts) * len(encode_slices(plan.length, self.vae.config))
-        with stage("encode", 3 + chunks) as bar:
+        with self._on_mesh(), stage("encode", 3 + chunks) as bar:
             text = denoise.encode_text(self.text_encoder, jnp.asarray(plan.ids))
             bar.update()
             summary, features = denoise.encode_image(self.image_encoder, jnp.asarray(plan.images) / 255)
@@ -234,7 +234,8 @@ class Pipeline:
             )
             colors = denoise.reference_latents(self.vae, moments, noise.reference)[:, 0]  # [K, h, w, C]
             conditions = denoise.make_conditions(self.model, colors[None], summary[None], features[None])
-        with stage("denoise", make_sampler(sampler, num_steps, self.scheduler).num_calls) as bar:
+        calls = make_sampler(sampler, num_steps, self.scheduler).num_calls
+        with self._on_mesh(), stage("denoise", calls) as bar:
             latents = self.denoise(
                 noise.latents, lines, text, conditions, plan.layout, num_steps=num_steps, sampler=sampler,
                 guidance_scale=guidance_scale, dynamic_guidance=dynamic_guidance, key=step_key, bar=bar,
@@ -243,6 +244,10 @@ class Pipeline:
         with stage("decode", len(decode_slices(latents.shape[1], self.vae.config))) as bar:
             video = self.decode(latents, bar)
         return video if strict_reference else canvas.crop(video, *sketch.shape[1:3])[: len(sketch)]
+
+    def _on_mesh(self):
+        """Context in which kernels that XLA cannot partition find the mesh."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def encode(self, frames, bar=None):
         """[B, T, H, W, 3] uint8 -> the VAE's moments [B, t, h, w, 2C], chunk by chunk."""

@@ -7,6 +7,7 @@ import pytest
 
 from animecolor_jax.models import attention as module
 from animecolor_jax.models.attention import attention, splash
+from animecolor_jax.sharding import make_mesh
 
 
 def softmax_attention(q, k, v):
@@ -37,6 +38,35 @@ def test_backends_equal_the_definition(lengths, backend):
 def test_splash_equals_the_definition_with_padding(lengths):
     q, k, v = make(lengths, batch=1, heads=2, size=64)
     np.testing.assert_allclose(splash(q, k, v, interpret=True), softmax_attention(q, k, v), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "axes", [{"data": 2, "context": 2, "tensor": 2}, {"fsdp": 2, "context": 4}, {"data": 4, "tensor": 2}]
+)
+def test_splash_on_a_mesh_equals_one_device(axes):
+    q, k, v = make((301, 200), heads=2)  # 301 queries divide by no axis, a batch of 2 not by data=4
+
+    def loss(q, k, v):
+        out = splash(q, k, v, interpret=True)
+        return jnp.sum(jnp.sin(out)), out
+
+    value_and_grad = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (_, out), gradients = jax.jit(value_and_grad)(q, k, v)
+    with jax.set_mesh(make_mesh(**axes)):
+        (_, sharded), sharded_gradients = jax.jit(value_and_grad)(q, k, v)
+    np.testing.assert_allclose(sharded, out, atol=1e-6)
+    for a, b in zip(sharded_gradients, gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_splash_never_asks_a_higher_precision_of_bfloat16():
+    """The TPU's compiler refuses it ("Bad lhs type"); no other device notices."""
+
+    def asks(dtype):
+        with jax.default_matmul_precision("highest"):
+            return "HIGHEST" in str(jax.make_jaxpr(splash)(*make((130, 200), size=64, dtype=dtype)))
+
+    assert asks(jnp.float32) and not asks(jnp.bfloat16)
 
 
 def test_gradients_of_chunked_equal_those_of_xla():

@@ -3,8 +3,12 @@
 Shapes: queries [B, S, N, H], keys and values [B, K, N, H], result [B, S, N, H].
 """
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 BACKENDS = ("auto", "chunked", "cudnn", "splash", "xla")
 QUERY_CHUNK = 512
@@ -75,11 +79,34 @@ def _chunked(q, k, v):
 
 
 def splash(q, k, v, *, interpret=False):
-    """TPU flash attention (Pallas). Lengths are padded to the block; padded keys lie in another segment.
+    """TPU flash attention (Pallas).
+
+    XLA cannot partition a kernel. Under a mesh (`jax.set_mesh`) every device attends from its share of the
+    batch (`data`, `fsdp`), queries (`context`) and heads (`tensor`) to all keys.
+    Batch and heads are shared out only where they divide.
 
     Args:
         interpret: run the kernel's Python on any device (tests).
     """
+    attend = partial(_splash_on_one_device, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attend(q, k, v)
+
+    def dividing(size, *axes):
+        return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+
+    length = q.shape[1]
+    batch = dividing(len(q), "data", "fsdp") or dividing(len(q), "data")
+    heads = dividing(q.shape[2], "tensor")
+    queries, keys = P(batch, "context", heads), P(batch, None, heads)
+    q = jnp.pad(q, ((0, 0), (0, -length % mesh.shape["context"]), (0, 0), (0, 0)))
+    attend = jax.shard_map(attend, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)
+    return attend(q, k, v)[:, :length]
+
+
+def _splash_on_one_device(q, k, v, *, interpret):
+    """Lengths are padded to the block; padded keys lie in another segment."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -109,5 +136,8 @@ def splash(q, k, v, *, interpret=False):
     attend = kernel.make_splash_mha(
         mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
     )
-    out = jax.vmap(lambda q, k, v: attend(q, k, v, segment_ids=segments))(q, k, v)
+    # products of bfloat16 are exact in float32 anyway, and Mosaic refuses a higher precision for them
+    precision = None if q.dtype == jnp.bfloat16 else jax.config.jax_default_matmul_precision
+    with jax.default_matmul_precision(precision):
+        out = jax.vmap(lambda q, k, v: attend(q, k, v, segment_ids=segments))(q, k, v)
     return out[:, :, :length].transpose(0, 2, 1, 3)
