@@ -259,11 +259,13 @@ def flops_2b():
         2 * queries * (hce.dim * hce.num_heads * hce.head_dim * 6 + 2 * hce.ff_mult * hce.dim**2)
         + 8 * queries**2 * hce.num_heads * hce.head_dim
     ) + 2 * BANK_2B * hce.dim * (hce.feature_dim + 2 * hce.dim)
-    # the reference projects the bank in both branches; the Q-Former runs once and its tokens are doubled
-    again = 2 * config.num_layers * 4 * BANK_2B * width**2 + qformer
+    # the official code projects the bank in both branches of every step, computes the bank's own queries and
+    # outputs as well, and throws these away; the Q-Former runs once a step and its tokens are doubled
+    rejoin = 4 * 2 * BANK_2B * width**2 + 4 * BANK_2B * (tokens + BANK_2B) * width
+    again = 2 * config.num_layers * rejoin + qformer
     again += 2 * hce.num_cross * 4 * COLORS_2B * hce.output_dim * inner
     return {
-        "name": "AnimeColor step, cached against uncached, by FLOPs",
+        "name": "AnimeColor step, cached against the official code, by FLOPs",
         "shape": "2B, 49x480x720, guidance",
         "dtype": "any",
         "unit": "TFLOP",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 BACKENDS = ("auto", "chunked", "cudnn", "splash", "xla")
-QUERY_CHUNK = 512
+QUERY_CHUNK = 1024
 SPLASH_BLOCK = 512
 
 
@@ -41,7 +41,7 @@ def attention(q, k, v, backend="auto"):
 
 def _choose(dtype):
     platform = jax.default_backend()
-    if platform == "tpu":
+    if platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
         return "splash"
     if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
         return "cudnn"
