@@ -27,7 +27,7 @@ _PUBLIC = {
     "preset": "config",
     "read_image": "media",
     "read_video": "media",
-    "write_video": "media",
+    "write_video": "media_writing",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from animecolor_jax import canvas, media, safetensors_io, sharding
+from animecolor_jax import canvas, media, media_writing, safetensors_io, sharding
 from animecolor_jax.config import CONFIG_CLASSES, preset
 from animecolor_jax.errors import InputError
 from animecolor_jax.pipeline import NEGATIVE_PROMPT, Noise, NonFiniteError, Pipeline, make_plan
@@ -121,8 +121,8 @@ class Colorizer:
             key=jax.random.key(job.seed), progress=progress, **job.options(),
         )
         if job.comparison is not None:  # first, so that where `out` is, nothing is missing
-            media.write_video(job.comparison, _comparison(inputs, video), inputs.fps)
-        media.write_video(job.out, video, inputs.fps)
+            media_writing.write_video(job.comparison, _comparison(inputs, video), inputs.fps)
+        media_writing.write_video(job.out, video, inputs.fps)
         return {
             "out": str(job.out),
             "frames": len(video), "height": video.shape[1], "width": video.shape[2],
@@ -176,8 +176,8 @@ def run_demo(values, weights=None, dtype=None, mesh=""):
         folder = Path(folder)
         clip = draw_toon_clip()
         sketch, references = folder / "sketch.mkv", folder / "references"
-        media.write_video(sketch, clip.sketch, fps=12)
-        media.write_video(references, clip.reference[None], fps=12)
+        media_writing.write_video(sketch, clip.sketch, fps=12)
+        media_writing.write_video(references, clip.reference[None], fps=12)
         if weights is None:
             print(
                 "demo: these weights are untrained (random), so the result is noise; "
@@ -268,7 +268,7 @@ def _check_outputs(job):
             raise InputError(
                 "names no file", where=path, expected="a file or a new folder", fix="for example colored.mp4"
             )
-        media.check_output(path)
+        media_writing.check_output(path)
         for source in filter(None, (job.sketch, *job.reference, job.noise)):
             if _holds(path, source):
                 raise InputError(
@@ -295,7 +295,8 @@ def _is_there(out):
 def _comparison(inputs, video):
     """Sketch, references and result side by side; with --strict-reference the lengths may differ a little."""
     shown = np.minimum(np.arange(len(video)), len(inputs.sketch) - 1)
-    return media.side_by_side([inputs.sketch[shown], *(image[None] for image in inputs.references), video])
+    stills = (image[None] for image in inputs.references)
+    return media_writing.side_by_side([inputs.sketch[shown], *stills, video])
 
 
 def _moved(error, where):

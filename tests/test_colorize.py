@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from animecolor_jax import canvas, cli, media, safetensors_io
+from animecolor_jax import canvas, cli, media, media_writing, safetensors_io
 from animecolor_jax.convert.checkpoint import convert_checkpoint
 from animecolor_jax.errors import InputError
 from animecolor_jax.pipeline import Pipeline
@@ -62,9 +62,9 @@ def folder(tmp_path_factory):
     convert_checkpoint(source, root / "weights")
     _write_bad_weights(root)
 
-    media.write_video(root / "sketch.mkv", SKETCH, fps=24)
+    media_writing.write_video(root / "sketch.mkv", SKETCH, fps=24)
     Image.fromarray(CLIP.reference).save(root / "reference.png")
-    media.write_video(root / "long.mkv", CLIP.sketch, fps=24)
+    media_writing.write_video(root / "long.mkv", CLIP.sketch, fps=24)
     whole = encode(root / "truncated.mp4", CLIP.sketch, movflags="faststart").read_bytes()
     (root / "truncated.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     (root / "empty.mp4").touch()
@@ -222,7 +222,7 @@ def test_the_same_drawing_in_another_form_gives_the_same_result(colored, expecte
 
 def test_invert_yes_and_no_are_obeyed(colored, colorize, expected, tmp_path):
     path = tmp_path / "dark.mkv"
-    media.write_video(path, 255 - SKETCH, fps=24)
+    media_writing.write_video(path, 255 - SKETCH, fps=24)
     np.testing.assert_array_equal(colored(sketch=path, invert="yes"), expected)
     kept = colored(sketch=path, invert="no")
     assert (kept != expected).any()
@@ -235,7 +235,7 @@ def test_invert_yes_and_no_are_obeyed(colored, colorize, expected, tmp_path):
 def test_the_result_has_the_size_and_length_of_the_sketch(colored, tmp_path, frames, height, width):
     """One frame, odd sizes, and two windows of 17."""
     path = tmp_path / "sketch.mkv"
-    media.write_video(path, CLIP.sketch[:frames, :height, :width], fps=24)
+    media_writing.write_video(path, CLIP.sketch[:frames, :height, :width], fps=24)
     assert colored(sketch=path).shape == (frames, height, width, 3)
 
 
@@ -322,7 +322,7 @@ def test_a_comparison_shows_sketch_references_and_result(colored, tmp_path):
 
 
 def test_strict_reference_takes_the_canvas_from_the_reference_and_cuts_to_4k_plus_1_frames(colored, tmp_path):
-    media.write_video(tmp_path / "tall.mkv", CLIP.sketch[:11, :, :32], fps=24)
+    media_writing.write_video(tmp_path / "tall.mkv", CLIP.sketch[:11, :, :32], fps=24)
     Image.fromarray(np.pad(CLIP.reference, ((0, 15), (0, 15), (0, 0)))).save(tmp_path / "47x63.png")
     frames = colored(sketch=tmp_path / "tall.mkv", reference=tmp_path / "47x63.png", strict_reference=True)
     assert frames.shape == SKETCH.shape
@@ -334,7 +334,7 @@ def test_a_recorded_run_of_the_official_script_is_repeated(colored, tmp_path):
     case = "ddim_no_cfg"
     inputs = {key.rsplit("/", 1)[1]: x for key, x in tensors.items() if key.startswith(f"inputs/{case}/")}
     sketch = inputs["control_video"][0].transpose(1, 2, 3, 0) * 255
-    media.write_video(tmp_path / "sketch.mkv", np.round(sketch).astype(np.uint8), fps=24)
+    media_writing.write_video(tmp_path / "sketch.mkv", np.round(sketch).astype(np.uint8), fps=24)
     reference = np.round(inputs["ref_image"][0].transpose(1, 2, 0) * 255).astype(np.uint8)
     Image.fromarray(reference).save(tmp_path / "reference.png")
     noise = {name: inputs[name] for name in ("ref_noise", "init_latents")}
@@ -463,14 +463,14 @@ def test_a_full_disk_is_reported_and_the_result_never_comes_alone(colorize, monk
 
 def full_disk(monkeypatch, name):
     """Writing to `name` fails."""
-    write_video = media.write_video
+    write_video = media_writing.write_video
 
     def write(path, frames, fps):
         if Path(path).name == name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         write_video(path, frames, fps)
 
-    monkeypatch.setattr(media, "write_video", write)
+    monkeypatch.setattr(media_writing, "write_video", write)
 
 
 # ---------------------------------------------------------------- --jobs

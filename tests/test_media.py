@@ -13,9 +13,10 @@ import pytest
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
-from animecolor_jax import media
+from animecolor_jax import media, media_writing
 from animecolor_jax.errors import InputError
-from animecolor_jax.media import check_output, read_image, read_video, side_by_side, write_video
+from animecolor_jax.media import read_image, read_video
+from animecolor_jax.media_writing import check_output, side_by_side, write_video
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 COLORS = np.array(
@@ -96,7 +97,7 @@ def encode(
                 frame = frame.reformat(
                     format=pixel_format,
                     dst_colorspace=matrix,
-                    interpolation=media._SCALING,
+                    interpolation=media.SCALING,
                     dst_color_range=ColorRange.JPEG if full_range else ColorRange.MPEG,
                 )
             frame.colorspace, frame.color_range = matrix_tag, range_tag
@@ -714,7 +715,7 @@ def test_interruption_leaves_no_file(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(media, "_encode", interrupt)
+    monkeypatch.setattr(media_writing, "_encode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_video(tmp_path / "a.mp4", noise(2), 24)
     assert not list(tmp_path.iterdir())
@@ -749,7 +750,7 @@ def test_unknown_suffix_lists_the_formats(tmp_path):
 
 
 def test_missing_encoder_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(media._ENCODINGS, ".mp4", media._Encoding("libnothing", "yuv420p"))
+    monkeypatch.setitem(media_writing._ENCODINGS, ".mp4", media_writing._Encoding("libnothing", "yuv420p"))
     with pytest.raises(InputError, match="libnothing"):
         check_output(tmp_path / "a.mp4")
 
