@@ -3,8 +3,6 @@
 Names join the keys of the nested dict with slashes: `blocks/attn/q/kernel`.
 """
 
-import re
-
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
@@ -77,20 +75,3 @@ def build(create, params, *, what, dtype=None):
 def extract(module):
     """{name: array} of every parameter and buffer of a module."""
     return flatten(nnx.to_pure_dict(nnx.state(module)))
-
-
-def tree_from_rules(rules, tree):
-    """For every leaf the value of the first (regex, value) whose regex matches its whole name.
-
-    Raises:
-        ValueError: a leaf that no rule matches.
-    """
-
-    def first_match(path, _):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, value in rules:
-            if re.fullmatch(pattern, name):
-                return value
-        raise ValueError(f"no rule matches parameter {name!r}")
-
-    return jax.tree_util.tree_map_with_path(first_match, tree)

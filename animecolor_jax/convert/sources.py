@@ -1,10 +1,10 @@
 """Which PyTorch file or directory each component comes from."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from animecolor_jax.errors import InputError
+from animecolor_jax.safetensors_io import parse_json_object
 
 SUBFOLDERS = {
     "transformer": "denoiser",
@@ -124,18 +124,7 @@ def _read_config(path, name="config.json"):
         candidates = [path]
     for file in candidates:
         if file.is_file():
-            try:
-                config = json.loads(file.read_text())
-            except (ValueError, UnicodeDecodeError) as error:
-                raise InputError(
-                    f"is not JSON: {error}",
-                    where=file,
-                    expected="a JSON object",
-                    fix="download the file again",
-                ) from error
-            if not isinstance(config, dict):
-                raise InputError(f"holds a {type(config).__name__}", where=file, expected="a JSON object")
-            return config, str(file)
+            return parse_json_object(file.read_bytes(), file), str(file)
     raise InputError(
         f"has no {name}",
         where=path,
