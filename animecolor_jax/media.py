@@ -4,6 +4,7 @@ Reading turns whatever a studio hands over (alpha, rotation tags, 16 bit, palett
 into plain [T, H, W, 3] RGB, or refuses with an `InputError`; nothing is dropped or repaired silently.
 """
 
+import contextlib
 import re
 import zlib
 from dataclasses import dataclass
@@ -73,6 +74,48 @@ class Video:
     fps: float
 
 
+class VideoStream:
+    """A clip that is decoded while it is iterated over.
+
+    Attributes:
+        frames: iterator of [H, W, 3] uint8 RGB, upright, all of one size. Damage raises InputError where it
+            is met, a missing end only there.
+        fps: frames a second; the file's own statement until all frames are read, then the true average.
+    """
+
+    def __init__(self, fps=DEFAULT_FPS):
+        self.fps = fps
+        self.frames = iter(())
+
+
+@contextlib.contextmanager
+def open_video(path):
+    """Opens what `read_video` reads, to be read frame by frame: memory does not grow with its length.
+
+    Yields:
+        `VideoStream`.
+
+    Raises:
+        InputError: as `read_video`; what only decoding shows is raised by `frames`.
+    """
+    path = _existing(path)
+    image = None if path.is_dir() else _open_image(path)
+    stream = VideoStream()
+    if path.is_dir():
+        stream.frames = _folder_frames(path)
+        yield stream
+    elif image is not None:
+        with image:
+            stream.frames = _animation_frames(image, path, stream)
+            yield stream
+    else:
+        with _open_container(path) as container:
+            video = _video_stream(container, path)
+            stream.fps = float(_stated_rate(video))
+            stream.frames = _container_frames(container, video, path, stream)
+            yield stream
+
+
 def read_video(path):
     """Reads a video file, a folder of frames, or an image (one frame, or all of an animated one).
 
@@ -89,14 +132,9 @@ def read_video(path):
         InputError: the path is missing or empty, holds no video or image, is truncated or damaged, or
             its frames differ in size.
     """
-    path = _existing(path)
-    if path.is_dir():
-        return Video(_read_folder(path), DEFAULT_FPS)
-    image = _open_image(path)
-    if image is None:
-        return _read_container(path)
-    with image:
-        return _read_animation(image, path)
+    with open_video(path) as stream:
+        frames = np.stack(list(stream.frames))
+        return Video(frames, stream.fps)
 
 
 def read_image(path):
@@ -139,7 +177,7 @@ def _natural_key(path):
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], path.name
 
 
-def _read_folder(folder):
+def _folder_frames(folder):
     visible = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     paths = sorted((path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES), key=_natural_key)
     if not paths:
@@ -148,19 +186,19 @@ def _read_folder(folder):
             where=folder,
             expected="numbered images, such as 00000.png, 00001.png ...",
         )
-    frames = []
-    for path in paths:
+    first = None
+    for index, path in enumerate(paths):
         frame = read_image(path)
-        _check_size(frame, frames, path, f"the size of {paths[0].name}")
-        frames.append(frame)
-    return np.stack(frames)
+        first = frame.shape if first is None else first
+        _check_size(frame, index, first, path, f"the size of {paths[0].name}")
+        yield frame
 
 
-def _check_size(frame, frames, where, whose):
-    if frames and frame.shape != frames[0].shape:
-        (height, width), (first_height, first_width) = frame.shape[:2], frames[0].shape[:2]
+def _check_size(frame, index, first, where, whose):
+    if frame.shape != first:
+        (height, width), (first_height, first_width) = frame.shape[:2], first[:2]
         raise InputError(
-            f"frame {len(frames)} is {height}x{width} (height x width)",
+            f"frame {index} is {height}x{width} (height x width)",
             where=where,
             expected=f"{first_height}x{first_width}, {whose}",
             fix="bring all frames to one size, or remove the odd one",
@@ -192,7 +230,7 @@ def _damaged(path, what, error=None):
     )
 
 
-def _read_animation(image, path):
+def _animation_frames(image, path, stream):
     """All frames of an image; the rate comes from their durations."""
     if image.format == "GIF" and path.read_bytes().rstrip(b"\0\r\n ")[-1:] != b";":
         raise _damaged(path, "is a truncated GIF: its end marker is missing")  # Pillow would not notice
@@ -200,15 +238,16 @@ def _read_animation(image, path):
         count = image.n_frames if image.format in _MULTI_FRAME else 1
     except Exception as error:
         raise _damaged(path, "cannot be decoded", error) from error
-    frames, seconds = [], 0.0
+    first, seconds = None, 0.0
     for index in range(count):
         frame = _pillow_frame(image, index, path)
-        _check_size(frame, frames, path, "the size of the first")
-        frames.append(frame)
+        first = frame.shape if first is None else first
+        _check_size(frame, index, first, path, "the size of the first")
         duration = image.info.get("duration", 0) / 1000
         seconds += duration if duration > 0.01 else 0.1  # browsers' rule for frames without one
-    timed = count > 1 and "duration" in image.info
-    return Video(np.stack(frames), count / seconds if timed else DEFAULT_FPS)
+        yield frame
+    if count > 1 and "duration" in image.info:
+        stream.fps = count / seconds
 
 
 def _pillow_frame(image, index, path):
@@ -272,10 +311,10 @@ def _orient(frame, steps):
 # ---------------------------------------------------------------- videos, by FFmpeg
 
 
-def _read_container(path):
+def _open_container(path):
     try:
         # "file:" so that a colon in the name is not taken for a protocol
-        container = av.open(f"file:{path}", options=_OPEN_OPTIONS, metadata_errors="replace")
+        return av.open(f"file:{path}", options=_OPEN_OPTIONS, metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
         raise InputError(
             "cannot be opened: not a video or image, or cut off",
@@ -283,30 +322,33 @@ def _read_container(path):
             expected="a video (mp4, mov, webm, mkv, avi ...), an image, or a folder of images",
             fix="check that the file is complete and plays in a video player",
         ) from error
-    with container:
-        streams = [
-            stream
-            for stream in container.streams.video
-            if not stream.disposition & av.stream.Disposition.attached_pic  # cover art of music
-        ]
-        if not streams:
-            raise InputError("holds no video stream", where=path, expected="a video or an image")
-        try:
-            return _decode(container, streams[0], path)
-        except av.FFmpegError as error:
-            raise _damaged(path, "stops decoding: truncated or damaged", error) from error
 
 
-def _decode(container, stream, path):
-    decoder = stream.codec_context
+def _video_stream(container, path):
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:  # cover art of music
+            return stream
+    raise InputError("holds no video stream", where=path, expected="a video or an image")
+
+
+def _container_frames(container, video, path, stream):
+    """All frames in presentation order; sets `stream.fps` to their true rate at the end."""
+    try:
+        yield from _decode(container, video, path, stream)
+    except av.FFmpegError as error:
+        raise _damaged(path, "stops decoding: truncated or damaged", error) from error
+
+
+def _decode(container, video, path, stream):
+    decoder = video.codec_context
     alpha_decoder = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
-    if alpha_decoder and stream.metadata.get("alpha_mode") == "1":
+    if alpha_decoder and video.metadata.get("alpha_mode") == "1":
         decoder = av.CodecContext.create(alpha_decoder, "r")  # FFmpeg's own decoders leave the alpha out
     decoder.options = {"err_detect": "crccheck+explode"}  # damage is an error, never concealed
     # PyAV's slice threads, not frame threads: those lose the errors of the last frames
 
-    frames, times, packets, hidden = [], [], 0, 0
-    for packet in container.demux(stream):
+    first, times, packets, hidden = None, [], 0, 0
+    for packet in container.demux(video):
         flush = packet.size == 0 and packet.dts is None
         packets += not flush
         hidden += packet.is_discard  # outside the part that the edit list shows
@@ -315,17 +357,18 @@ def _decode(container, stream, path):
             continue
         for frame in decoder.decode(None if flush else packet):
             if packet.is_corrupt or frame.is_corrupt:
-                raise _damaged(path, f"frame {len(frames)} is damaged")
+                raise _damaged(path, f"frame {len(times)} is damaged")
             pixels = _frame_to_rgb(frame, path)
-            _check_size(pixels, frames, path, "the size of the first")
-            frames.append(pixels)
+            first = pixels.shape if first is None else first
+            _check_size(pixels, len(times), first, path, "the size of the first")
             times.append((frame.pts, frame.duration or 0))
+            yield pixels
 
-    declared = _declared_packets(container, stream, path)
-    shown = packets if stream.codec_context.name == "vp8" else len(frames) + hidden  # VP8 has hidden packets
-    if not frames or shown < declared:
-        raise _damaged(path, f"is truncated: {len(frames)} of {declared or '?'} frames decode")
-    return Video(np.stack(frames), _average_rate(stream, times))
+    declared = _declared_packets(container, video, path)
+    shown = packets if video.codec_context.name == "vp8" else len(times) + hidden  # VP8 has hidden packets
+    if not times or shown < declared:
+        raise _damaged(path, f"is truncated: {len(times)} of {declared or '?'} frames decode")
+    stream.fps = _average_rate(video, times)
 
 
 def _declared_packets(container, stream, path):
@@ -376,9 +419,13 @@ def _matroska_blocks(path):
     return blocks
 
 
+def _stated_rate(stream):
+    return stream.average_rate or stream.guessed_rate or Fraction(DEFAULT_FPS)
+
+
 def _average_rate(stream, times):
     """Frames a second over the whole clip; `times` are (start or None, duration or 0) in stream ticks."""
-    stated = stream.average_rate or stream.guessed_rate or Fraction(DEFAULT_FPS)
+    stated = _stated_rate(stream)
     starts = [start for start, _ in times]
     if len(starts) < 2 or None in starts or starts[-1] <= starts[0]:
         return float(stated)
