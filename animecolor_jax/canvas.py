@@ -9,9 +9,8 @@ import numpy as np
 from PIL import Image
 
 from animecolor_jax.errors import InputError
+from data_pipeline.shapes import FRAMES_PER_LATENT, SPATIAL_MULTIPLE
 
-SPATIAL_MULTIPLE = 16  # VAE 8 x patch 2
-FRAMES_PER_LATENT = 4  # after the first latent, which holds one frame
 STRICT_FRAMES = 49  # what the official script cuts a clip to
 POLARITIES = ("auto", "yes", "no")
 
