@@ -358,7 +358,7 @@ def _decode(container, video, path, stream):
         for frame in decoder.decode(None if flush else packet):
             if packet.is_corrupt or frame.is_corrupt:
                 raise _damaged(path, f"frame {len(times)} is damaged")
-            pixels = _frame_to_rgb(frame, path)
+            pixels = frame_to_rgb(frame, path)
             first = pixels.shape if first is None else first
             _check_size(pixels, len(times), first, path, "the size of the first")
             times.append((frame.pts, frame.duration or 0))
@@ -437,7 +437,7 @@ def _average_rate(stream, times):
     return float(len(starts) / seconds)
 
 
-def _frame_to_rgb(frame, path):
+def frame_to_rgb(frame, path):
     """An FFmpeg frame as [H, W, 3] uint8 RGB, upright and over white."""
     kind = frame.format
     has_alpha = kind.has_palette or any(component.is_alpha for component in kind.components)

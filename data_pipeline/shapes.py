@@ -127,8 +127,8 @@ class BucketConfig:
         require(self.max_pixels >= least, "max_pixels", f"{least} or more: {self.frame_counts[0]} frames")
 
     def video_bucket(self, num_frames, height, width):
-        """The bucket of a clip of `num_frames` frames of height x width pixels (after cropping); None if it has
-        fewer than frame_counts[0] frames."""
+        """The bucket of `num_frames` frames of height x width pixels (after cropping); None where they are
+        fewer than frame_counts[0]."""
         if num_frames < self.frame_counts[0]:
             return None
         size = self._size(height, width)
