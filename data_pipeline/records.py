@@ -136,6 +136,9 @@ def write_metadata(storage, dataset, bucket, features, splits):
             )
             for split, (lengths, size) in splits.items()
         ]
+        for split, (lengths, _) in splits.items():  # TFDS reads the dataset's name off the files it finds
+            for index in range(len(lengths)):
+                Path(folder, Path(shard_name(dataset, bucket, split, index, len(lengths))).name).touch()
         tfds.folder_dataset.write_metadata(
             data_dir=folder,
             features=features,
@@ -144,7 +147,7 @@ def write_metadata(storage, dataset, bucket, features, splits):
             version=VERSION,
             check_data=False,  # the check would import TensorFlow
         )
-        for path in sorted(Path(folder).iterdir()):
+        for path in sorted(Path(folder).glob("*.json")):
             storage.write(f"{builder_folder(dataset, bucket)}/{path.name}", path.read_bytes())
 
 
@@ -198,11 +201,12 @@ def open_clips(path):
     return Records(storage, CLIPS, _closing(storage, CLOSING, "tools/prepare_data.py --videos ..."))
 
 
-def open_encoded(path, weights):
-    """The precomputed records that were made with given weights.
+def open_encoded(path, weights, what=()):
+    """The precomputed records that were made with given weights; of several sets the one that holds most.
 
     Args:
         weights: {component: hash} of the weights in use ("vae", "text_encoder", "image_encoder").
+        what: which of "latents", "text", "image" they must hold.
 
     Raises:
         InputError: there are none, or they are unfinished, made by other weights, of another format, or made
@@ -210,7 +214,7 @@ def open_encoded(path, weights):
     """
     clips = open_clips(path)
     found = [name.split("/")[1] for name in clips.storage.names("encoded", recursive=True)]
-    refusals = []
+    refusals, fitting = [], []
     for name in sorted(set(found)):
         storage = clips.storage / "encoded" / name
         if not storage.exists(ENCODED_CLOSING):
@@ -222,8 +226,12 @@ def open_encoded(path, weights):
             refusals.append(f"{name} was made from an earlier state of the clips")
         elif others:
             refusals.append(f"{name} was made with another {' and another '.join(others)}")
+        elif not set(what) <= set(info["what"]):
+            refusals.append(f"{name} holds only {', '.join(info['what'])}")
         else:
-            return Records(storage, ENCODED, info)
+            fitting.append(Records(storage, ENCODED, info))
+    if fitting:
+        return max(fitting, key=lambda records: len(records.info["what"]))
     raise InputError(
         "; ".join(refusals) or "holds no precomputed records",
         where=path,

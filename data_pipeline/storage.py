@@ -6,8 +6,10 @@ A name appears only when all of the file is there: local files are renamed into 
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import tempfile
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import fsspec
 
 from animecolor_jax.errors import InputError
 
+_PARTIAL = re.compile(r"\.[0-9a-f]{8}-.")
 CACHE_VARIABLE = "ANIMECOLOR_CACHE"  # where shards of object stores are kept on this host
 
 
@@ -140,6 +143,16 @@ class Storage:
             shutil.rmtree(self.path(name))
         else:
             Path(self.path(name)).unlink(missing_ok=True)
+
+    def sweep(self):
+        """Deletes what killed processes left half-written an hour ago or earlier; younger may be in use."""
+        if is_remote(self.root):
+            return
+        for parent, _, files in os.walk(self.root):
+            for name in files:
+                path = Path(parent, name)
+                if _PARTIAL.match(name) and time.time() - path.stat().st_mtime > 3600:
+                    path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def local(self, name):
