@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from animecolor_jax import canvas
 from animecolor_jax.models import positions
-from animecolor_jax.models.vae import posterior
+from animecolor_jax.models.vae import encode_slices, posterior
 from animecolor_jax.sampling import guide, scale_input, step
 
 
@@ -43,6 +43,24 @@ def decode_chunk(vae, chunk, cache):
     """Scaled latents -> [B, T, H, W, 3] uint8-ready float32 in [0, 1], and the cache for the next chunk."""
     frames, cache = vae.decode_chunk(chunk / jnp.asarray(vae.config.scaling_factor, chunk.dtype), cache)
     return jnp.clip(frames.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0), cache
+
+
+def encode_video(vae, frames, bar=None):
+    """Frames [B, T, H, W, 3] uint8 -> the VAE's moments [B, t, h, w, 2 C], chunk by chunk.
+
+    One program serves clips of every length: chunks differ in nothing but the cache. Each updates `bar`.
+
+    Raises:
+        InputError: frames or a size that the VAE cannot encode.
+    """
+    moments, cache = [], None
+    for part in encode_slices(frames.shape[1], vae.config):
+        pixels = jnp.asarray(frames[:, part]).astype(jnp.float32) / 255 * 2 - 1
+        chunk, cache = encode_chunk(vae, pixels, cache)
+        moments.append(chunk)
+        if bar is not None:
+            bar.update()
+    return jnp.concatenate(moments, axis=1)
 
 
 def sketch_latents(vae, moments):

@@ -81,7 +81,7 @@ def make_plan(
             f"{guidance_scale}", where="guidance_scale", expected="a finite number of at least 0",
             fix="the official script uses 6; 1 means no guidance",
         )
-    ids = _tokenize(config, tokenizer, [negative_prompt, prompt] if guidance_scale > 1 else [prompt])
+    ids = tokenize(config, tokenizer, [negative_prompt, prompt] if guidance_scale > 1 else [prompt])
     limit = None if config.denoiser.rope else config.denoiser.sample_frames
     if limit is not None and window > limit:
         raise InputError(
@@ -112,7 +112,8 @@ def make_plan(
     return Plan(ids, frames, images, starts, length, layout, latent_shape, noise)
 
 
-def _tokenize(config, tokenizer, texts):
+def tokenize(config, tokenizer, texts):
+    """Texts -> ids [B, L] int32; InputError where the text encoder knows fewer tokens than the tokenizer."""
     ids, known = np.asarray(tokenizer(texts, config.denoiser.text_length)), config.text_encoder.vocab_size
     if ids.max() >= known:
         raise InputError(
@@ -223,9 +224,9 @@ class Pipeline:
             bar.update()
             summary, features = denoise.encode_image(self.image_encoder, jnp.asarray(plan.images) / 255)
             bar.update()
-            moments = self.encode(plan.images[:, None], bar)  # [K, 1, h, w, 2C]
+            moments = denoise.encode_video(self.vae, plan.images[:, None], bar)  # [K, 1, h, w, 2C]
             windows = [plan.frames[None, start : start + plan.length] for start in plan.starts]
-            windows = jnp.concatenate([self.encode(window, bar) for window in windows])
+            windows = jnp.concatenate([denoise.encode_video(self.vae, window, bar) for window in windows])
             lines = denoise.sketch_latents(self.vae, windows)
             reference_key, latents_key, step_key = jax.random.split(key, 3)
             noise = plan.noise or Noise(
@@ -248,17 +249,6 @@ class Pipeline:
     def _on_mesh(self):
         """Context in which kernels that XLA cannot partition find the mesh."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-    def encode(self, frames, bar=None):
-        """[B, T, H, W, 3] uint8 -> the VAE's moments [B, t, h, w, 2C], chunk by chunk."""
-        moments, cache = [], None
-        for part in encode_slices(frames.shape[1], self.vae.config):
-            pixels = jnp.asarray(frames[:, part], jnp.float32) / 255 * 2 - 1
-            chunk, cache = denoise.encode_chunk(self.vae, pixels, cache)
-            moments.append(chunk)
-            if bar is not None:
-                bar.update()
-        return jnp.concatenate(moments, axis=1)
 
     def denoise(
         self, latents, sketch, text, conditions, layout, *, num_steps, sampler="ddim", guidance_scale=6.0,
