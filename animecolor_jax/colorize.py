@@ -18,8 +18,10 @@ from animecolor_jax.config import CONFIG_CLASSES, preset
 from animecolor_jax.errors import InputError
 from animecolor_jax.pipeline import NEGATIVE_PROMPT, Noise, NonFiniteError, Pipeline, make_plan
 from animecolor_jax.tokenizer import Tokenizer
-from animecolor_jax.toon_clip import draw_toon_clip
 from animecolor_jax.weights import Weights, write_initial
+from data_pipeline.toon import draw_clip
+
+DEMO_SEED = 32  # of the cartoon that --demo colours
 
 
 @dataclass(frozen=True)
@@ -174,9 +176,9 @@ def run_demo(values, weights=None, dtype=None, mesh=""):
     comparison = values["comparison"] or out.with_name(f"{out.stem}_comparison{out.suffix}")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        clip = draw_toon_clip()
+        clip = draw_clip(seed=DEMO_SEED, fps=12)
         sketch, references = folder / "sketch.mkv", folder / "references"
-        media_writing.write_video(sketch, clip.sketch, fps=12)
+        media_writing.write_video(sketch, clip.line_art, fps=12)
         media_writing.write_video(references, clip.reference[None], fps=12)
         if weights is None:
             print(

@@ -28,11 +28,11 @@ from animecolor_jax import canvas, cli, media, media_writing, safetensors_io
 from animecolor_jax.convert.checkpoint import convert_checkpoint
 from animecolor_jax.errors import InputError
 from animecolor_jax.pipeline import Pipeline
-from animecolor_jax.toon_clip import draw_toon_clip
+from data_pipeline.toon import draw_clip
 
 TOOL = Path(__file__).parents[1] / "tools" / "colorize.py"
-CLIP = draw_toon_clip(num_frames=22, height=32, width=48)
-SKETCH = CLIP.sketch[:9]
+CLIP = draw_clip(num_frames=22, height=32, width=48)
+SKETCH = CLIP.line_art[:9]
 # the fixture's text encoder knows 64 tokens: bytes up to "<"
 FAST = {
     "--steps": 2, "--guidance": 1, "--prompt": "1", "--negative-prompt": "2", "--window": 17, "--overlap": 8,
@@ -64,8 +64,8 @@ def folder(tmp_path_factory):
 
     media_writing.write_video(root / "sketch.mkv", SKETCH, fps=24)
     Image.fromarray(CLIP.reference).save(root / "reference.png")
-    media_writing.write_video(root / "long.mkv", CLIP.sketch, fps=24)
-    whole = encode(root / "truncated.mp4", CLIP.sketch, movflags="faststart").read_bytes()
+    media_writing.write_video(root / "long.mkv", CLIP.line_art, fps=24)
+    whole = encode(root / "truncated.mp4", CLIP.line_art, movflags="faststart").read_bytes()
     (root / "truncated.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     (root / "empty.mp4").touch()
     (root / "text.mp4").write_text("this is no video\n" * 100)
@@ -235,7 +235,7 @@ def test_invert_yes_and_no_are_obeyed(colored, colorize, expected, tmp_path):
 def test_the_result_has_the_size_and_length_of_the_sketch(colored, tmp_path, frames, height, width):
     """One frame, odd sizes, and two windows of 17."""
     path = tmp_path / "sketch.mkv"
-    media_writing.write_video(path, CLIP.sketch[:frames, :height, :width], fps=24)
+    media_writing.write_video(path, CLIP.line_art[:frames, :height, :width], fps=24)
     assert colored(sketch=path).shape == (frames, height, width, 3)
 
 
@@ -322,7 +322,7 @@ def test_a_comparison_shows_sketch_references_and_result(colored, tmp_path):
 
 
 def test_strict_reference_takes_the_canvas_from_the_reference_and_cuts_to_4k_plus_1_frames(colored, tmp_path):
-    media_writing.write_video(tmp_path / "tall.mkv", CLIP.sketch[:11, :, :32], fps=24)
+    media_writing.write_video(tmp_path / "tall.mkv", CLIP.line_art[:11, :, :32], fps=24)
     Image.fromarray(np.pad(CLIP.reference, ((0, 15), (0, 15), (0, 0)))).save(tmp_path / "47x63.png")
     frames = colored(sketch=tmp_path / "tall.mkv", reference=tmp_path / "47x63.png", strict_reference=True)
     assert frames.shape == SKETCH.shape

@@ -15,8 +15,8 @@ from animecolor_jax.convert.checkpoint import convert_checkpoint
 from animecolor_jax.errors import InputError
 from animecolor_jax.pipeline import Noise, NonFiniteError, Pipeline
 from animecolor_jax.sharding import make_mesh
-from animecolor_jax.toon_clip import draw_toon_clip
 from animecolor_jax.weights import Weights, write_initial
+from data_pipeline.toon import draw_clip
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def pipeline(directory):
 
 @pytest.fixture(scope="module")
 def clip():
-    return draw_toon_clip(num_frames=17, height=32, width=48)
+    return draw_clip(num_frames=17, height=32, width=48)
 
 
 # the fixture's text encoder knows 64 tokens: bytes up to "<"
@@ -55,13 +55,13 @@ FAST = {
 
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 32, 48), (6, 31, 45), (9, 32, 48)])
 def test_result_has_exactly_the_size_and_length_of_the_sketch(pipeline, clip, frames, height, width):
-    video = pipeline(clip.sketch[:frames, :height, :width], clip.reference, **FAST)
+    video = pipeline(clip.line_art[:frames, :height, :width], clip.reference, **FAST)
     assert video.shape == (frames, height, width, 3) and video.dtype == np.uint8
 
 
 def test_a_key_repeats_bit_for_bit_and_another_differs(pipeline, clip):
     def run(seed):
-        return pipeline(clip.sketch[:9], clip.reference, key=jax.random.key(seed), **FAST)
+        return pipeline(clip.line_art[:9], clip.reference, key=jax.random.key(seed), **FAST)
 
     first = run(0)
     np.testing.assert_array_equal(first, run(0))
@@ -72,7 +72,7 @@ def test_prompt_guidance_and_references_have_an_effect(pipeline, clip):
     base = {**FAST, "guidance_scale": 4.0}
 
     def run(reference=clip.reference, **changes):
-        return pipeline(clip.sketch[:9], reference, **{**base, **changes}).astype(int)
+        return pipeline(clip.line_art[:9], reference, **{**base, **changes}).astype(int)
 
     first = run()
     assert (first != run(prompt="3")).any()
@@ -86,7 +86,7 @@ def test_prompt_guidance_and_references_have_an_effect(pipeline, clip):
 @pytest.mark.parametrize("sampler", ["dpm-cog", "euler-a", "pndm"])
 def test_samplers_with_noise_history_and_extra_calls_run(pipeline, clip, sampler):
     first, again = (
-        pipeline(clip.sketch[:9], clip.reference, **{**FAST, "num_steps": 4, "sampler": sampler})
+        pipeline(clip.line_art[:9], clip.reference, **{**FAST, "num_steps": 4, "sampler": sampler})
         for _ in range(2)
     )
     np.testing.assert_array_equal(first, again)
@@ -97,7 +97,7 @@ def test_given_noise_is_used(pipeline, clip):
     noise = Noise(rng.normal(size=(1, 1, 4, 6, 4)), rng.normal(size=(3, 4, 6, 4)))
 
     def run(noise, seed=0):
-        return pipeline(clip.sketch[:9], clip.reference, noise=noise, key=jax.random.key(seed), **FAST)
+        return pipeline(clip.line_art[:9], clip.reference, noise=noise, key=jax.random.key(seed), **FAST)
 
     first = run(noise)
     np.testing.assert_array_equal(first, run(noise, seed=1))
@@ -172,9 +172,9 @@ def test_one_window_is_not_blended():
 
 
 def test_a_long_clip_is_coloured_in_windows(pipeline):
-    clip = draw_toon_clip(num_frames=22, height=32, width=48)
-    video = pipeline(clip.sketch, clip.reference, **FAST)
-    assert video.shape == clip.sketch.shape
+    clip = draw_clip(num_frames=22, height=32, width=48)
+    video = pipeline(clip.line_art, clip.reference, **FAST)
+    assert video.shape == clip.line_art.shape
 
 
 def test_several_devices_give_the_result_of_one(directory, pipeline, clip):
@@ -182,7 +182,7 @@ def test_several_devices_give_the_result_of_one(directory, pipeline, clip):
     sharded = Pipeline.load(directory, mesh=mesh)
     kernel = sharded.model.denoiser.blocks.attn.q.kernel
     assert kernel[...].addressable_shards[0].data.shape == (4, 24, 48), "parameters are sharded over fsdp"
-    one, many = (p(clip.sketch[:9], clip.reference, **FAST).astype(int) for p in (pipeline, sharded))
+    one, many = (p(clip.line_art[:9], clip.reference, **FAST).astype(int) for p in (pipeline, sharded))
     assert np.abs(one - many).max() <= 1
 
 
@@ -190,12 +190,12 @@ def test_damaged_weights_stop_at_the_first_step(directory, clip):
     broken = Pipeline.load(directory)
     broken.model.denoiser.out.bias[...] = jnp.full_like(broken.model.denoiser.out.bias[...], jnp.nan)
     with pytest.raises(NonFiniteError, match="after step 0 of ddim in float32"):
-        broken(clip.sketch[:9], clip.reference, **FAST)
+        broken(clip.line_art[:9], clip.reference, **FAST)
 
 
 def test_tokens_that_the_text_encoder_does_not_know_are_refused(pipeline, clip):
     with pytest.raises(InputError, match="token 125 .* the text encoder knows 64"):
-        pipeline(clip.sketch[:9], clip.reference, **{**FAST, "prompt": "z"})
+        pipeline(clip.line_art[:9], clip.reference, **{**FAST, "prompt": "z"})
 
 
 @pytest.mark.parametrize(
@@ -210,14 +210,14 @@ def test_tokens_that_the_text_encoder_does_not_know_are_refused(pipeline, clip):
 )
 def test_impossible_numbers_are_refused(pipeline, clip, changes, where):
     with pytest.raises(InputError) as error:
-        pipeline(clip.sketch, clip.reference, **{**FAST, **changes})
+        pipeline(clip.line_art, clip.reference, **{**FAST, **changes})
     assert error.value.where == where
 
 
 def test_bfloat16_stays_near_float32(directory, clip):
     half = Pipeline.load(directory, dtype="bfloat16")
     assert half.dtype == "bfloat16" and half.model.denoiser.out.kernel.dtype == jnp.bfloat16
-    video = half(clip.sketch[:9], clip.reference, **FAST)
+    video = half(clip.line_art[:9], clip.reference, **FAST)
     assert video.shape == (9, 32, 48, 3) and video.std() > 0
 
 

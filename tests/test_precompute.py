@@ -23,12 +23,12 @@ from animecolor_jax.errors import InputError
 from animecolor_jax.models.vae import posterior
 from animecolor_jax.pipeline import NonFiniteError
 from animecolor_jax.precompute import WHAT, precompute
-from animecolor_jax.toon_clip import draw_toon_clip
 from animecolor_jax.weights import Weights, write_initial
 from data_pipeline import clip_video, records
 from data_pipeline.shapes import Bucket, BucketConfig
 from data_pipeline.sketch import extractor
 from data_pipeline.storage import Storage
+from data_pipeline.toon import draw_clip
 
 ROOT = Path(__file__).parents[1]
 VIDEO, IMAGE = Bucket(9, 32, 48), Bucket(1, 32, 48)
@@ -74,7 +74,7 @@ def data(clips, tmp_path):
 def write_dataset(folder):
     """A finished dataset of drawn clips of 11 frames, and single images."""
     storage, number = Storage(folder), 0
-    drawn = draw_toon_clip(num_frames=18, height=32, width=48).color
+    drawn = draw_clip(num_frames=18, height=32, width=48).color
     features = records.clip_features()
     serialize = records.Serializer(features)
     for bucket in (VIDEO, IMAGE):
@@ -385,7 +385,7 @@ def test_damaged_clips_and_weights_stop_the_run(weights, data, tmp_path):
     with pytest.raises(NonFiniteError, match="text is not finite: the weights of text_encoder"):
         run(data, copy)
     shard = records.shard_name(records.CLIPS, IMAGE, "train", 0, 1)
-    tall = clip_record(6, IMAGE, draw_toon_clip(num_frames=1, height=48, width=32).color)
+    tall = clip_record(6, IMAGE, draw_clip(num_frames=1, height=48, width=32).color)
     serialize = records.Serializer(records.clip_features())
     records.write_shard(Storage(data), shard, [serialize(tall)] * 2)
     with pytest.raises(InputError, match=r"clip 0+6: is 48x32 pixels"):

@@ -10,9 +10,9 @@ import pytest
 from animecolor_jax.errors import InputError
 from animecolor_jax.safetensors_io import Reader
 from animecolor_jax.sketch import _look_up, xdog
-from animecolor_jax.toon_clip import draw_toon_clip
 from data_pipeline.sketch import EXTRACTORS, Canny, Ink, XDoG, dog_order, extractor, gaussian_kernel, to_grey
 from data_pipeline.sketch_augment import ClipSketcher, LineStyle, SketchAugmentation, SketchMix
+from data_pipeline.toon import draw_clip
 
 FIXTURE = Path(__file__).parent / "fixtures" / "metrics" / "xdog.safetensors"
 CASES = ("gradient", "constant", "small", "crop_native", "crop_quarter")
@@ -36,7 +36,7 @@ def recorded():
 
 @pytest.fixture(scope="module")
 def clip():
-    return draw_toon_clip(3, 96, 160)
+    return draw_clip(3, 96, 160)
 
 
 def noise(*shape, high=256, seed=0):
