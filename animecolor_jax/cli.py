@@ -18,17 +18,19 @@ from animecolor_jax.pipeline import NonFiniteError, use_compilation_cache
 MAX_SIDE = 16384  # of an H.264 picture
 
 
-def main(run, arguments):
+def main(run, arguments, hands_on_unknown=False):
     """Parses the command line into the dataclass `arguments`, runs `run(args)`, and exits.
 
     Args:
         run: function of the parsed arguments -> (JSON-ready dict, whether the check holds).
         arguments: dataclass with a field `json: bool`; its docstring is the tool's description.
+        hands_on_unknown: call `run(args, unknown)` with the list of arguments that are not ours, instead of
+            refusing them.
     """
     try:
-        args = _parse(arguments, sys.argv[1:])
+        args, unknown = _parse(arguments, sys.argv[1:], hands_on_unknown)
         use_compilation_cache()
-        result, holds = run(args)
+        result, holds = run(args, unknown) if hands_on_unknown else run(args)
         code = 0 if holds else 1
     except InputError as error:
         code, result = _failure(2, error)
@@ -46,19 +48,28 @@ def _failure(code, error):
     return code, {"error": error.as_dict()}
 
 
-def _parse(arguments, argv):
-    """`argv` as an instance of `arguments`; InputError if it does not parse."""
+def _parse(arguments, argv, hands_on_unknown):
+    """`argv` as an instance of `arguments`, and what of it is none; InputError if it does not parse."""
+    args, unknown = _call_tyro(arguments, argv, hands_on_unknown)
     flags = [text.partition("=")[0].replace("_", "-") for text in argv if text.startswith("--")]
     for flag in flags:
-        if flags.count(flag) > 1:  # tyro would take the last
-            raise InputError(
-                f"is given {flags.count(flag)} times", where=flag, expected="every flag once",
+        if flags.count(flag) > 1 and not any(text.replace("_", "-").startswith(flag) for text in unknown):
+            raise InputError(  # tyro would take the last
+                f"is given {flags.count(flag)} times",
+                where=flag,
+                expected="every flag once",
                 fix=f"several values follow one flag: {flag} A B",
             )
+    return args, unknown
+
+
+def _call_tyro(arguments, argv, hands_on_unknown):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(arguments, args=argv)
+            if hands_on_unknown:
+                return tyro.cli(arguments, args=argv, return_unknown_args=True)
+            return tyro.cli(arguments, args=argv), []
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise

@@ -4,6 +4,7 @@ python tools/benchmark.py forward --against torch
 python tools/benchmark.py vae --against torch
 python tools/benchmark.py denoise --against torch
 python tools/benchmark.py denoise --against uncached
+python tools/benchmark.py data
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,20 @@ import tyro
 from animecolor_jax import benchmarks, cli
 from animecolor_jax.errors import InputError
 
-MEASURES = {"forward": benchmarks.forward, "vae": benchmarks.vae, "denoise": benchmarks.denoising}
+
+def data(against, repeats):
+    """Data loading; its libraries are an extra."""
+    from animecolor_jax import benchmarks_data
+
+    return benchmarks_data.data(repeats)
+
+
+MEASURES = {
+    "forward": benchmarks.forward,
+    "vae": benchmarks.vae,
+    "denoise": benchmarks.denoising,
+    "data": data,
+}
 
 
 @dataclass
@@ -23,10 +37,11 @@ class Arguments:
     """Measure speed; with --against, both sides in one run, alternating. Ratios are theirs / ours:
     above 1 we win."""
 
-    measure: Annotated[Literal["forward", "vae", "denoise"], tyro.conf.Positional]
+    measure: Annotated[Literal["forward", "vae", "denoise", "data"], tyro.conf.Positional]
     """What to measure."""
     against: Literal["none", "torch", "uncached"] = "none"
-    """The other side; "uncached" (denoise only) makes the reference's keys and values anew in every step."""
+    """The other side; "uncached" (denoise only) makes the reference's keys and values anew in every step.
+    data has its own: each line says what against what."""
     repeats: int = 5
     """Rounds after the warm-up."""
     json: bool = False
@@ -37,6 +52,8 @@ def run(args):
     """Prints a line for each result."""
     if args.against == "uncached" and args.measure != "denoise":
         raise InputError("uncached", where="--against", expected="none or torch", fix="use it with denoise")
+    if args.measure == "data" and args.against != "none":
+        raise InputError(args.against, where="--against", expected="none", fix="leave --against out")
     if args.repeats < 1:
         raise InputError(f"{args.repeats}", where="--repeats", expected="1 or more")
     results = MEASURES[args.measure](args.against, args.repeats)
