@@ -51,6 +51,7 @@ _MATRICES = {
     7: Colorspace.SMPTE240M,
     9: Colorspace.BT2020,
 }
+_FORBIDDEN_IN_NAL = re.compile(rb"\0\0[\0-\2]")
 _UNTAGGED = (0, 2, 3)  # 0 is RGB, which a YUV frame cannot be
 
 # How stored pixels become upright ones: (transpose, then flip up-down, then flip left-right).
@@ -347,10 +348,13 @@ def _decode(container, video, path, stream):
     decoder.options = {"err_detect": "crccheck+explode"}  # damage is an error, never concealed
     # PyAV's slice threads, not frame threads: those lose the errors of the last frames
 
+    length_bytes = _nal_length_bytes(video.codec_context)
     first, times, packets, hidden = None, [], 0, 0
     for packet in container.demux(video):
         flush = packet.size == 0 and packet.dts is None
         packets += not flush
+        if length_bytes and _breaks_nal_units(bytes(packet), length_bytes):
+            raise _damaged(path, f"is damaged at frame {len(times)}: bytes that H.264 and HEVC cannot hold")
         hidden += packet.is_discard  # outside the part that the edit list shows
         if packet.size == 0 and not flush:  # AVI's way to say "the same frame again"
             hidden += 1
@@ -369,6 +373,32 @@ def _decode(container, video, path, stream):
     if not times or shown < declared:
         raise _damaged(path, f"is truncated: {len(times)} of {declared or '?'} frames decode")
     stream.fps = _average_rate(video, times)
+
+
+def _nal_length_bytes(codec):
+    """Bytes of the length in front of every NAL unit of H.264 and HEVC in MP4 and Matroska; 0 elsewhere.
+
+    Source: ISO/IEC 14496-15, the records avcC and hvcC.
+    """
+    place = {"h264": 4, "hevc": 21}.get(codec.name)
+    header = codec.extradata
+    if place is None or not header or header[0] != 1 or len(header) <= place:
+        return 0
+    return (header[place] & 3) + 1
+
+
+def _breaks_nal_units(data, length_bytes):
+    """Whether a packet holds 00 00 00, 00 00 01 or 00 00 02 inside a NAL unit, where encoders escape them.
+
+    The zeros that an interrupted copy leaves are such. FFmpeg decodes on through them, into garbage.
+    """
+    position = 0
+    while position + length_bytes <= len(data):
+        end = position + length_bytes + int.from_bytes(data[position : position + length_bytes], "big")
+        if _FORBIDDEN_IN_NAL.search(data, position + length_bytes, end):
+            return True
+        position = end
+    return False
 
 
 def _declared_packets(container, stream, path):

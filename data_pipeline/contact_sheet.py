@@ -44,12 +44,13 @@ def clip_entry(clip, frame, sketch=None):
     return Entry(tuple(lines), frame, sketch, clip.kept)
 
 
-def draw_contact_sheet(entries, path):
+def draw_contact_sheet(entries, path, totals=None):
     """Draws the clips in a grid, kept ones first, and writes it as a PNG.
 
     Args:
         entries: `Entry`s in any order; some 48 make a sheet of about 2100 x 3300 pixels.
         path: file to write, or a binary file object.
+        totals: {"kept": n, "dropped": n}, the clips that the entries stand for; default: the entries alone.
     """
     groups = [
         ("kept", _KEPT, [e for e in entries if e.kept]),
@@ -65,7 +66,8 @@ def draw_contact_sheet(entries, path):
     draw = ImageDraw.Draw(sheet)
     top = _MARGIN
     for (name, color, group), count in zip(groups, rows, strict=True):
-        title = f"{len(group)} {name}"
+        total = len(group) if totals is None else totals[name]
+        title = f"{len(group)} of {total} {name}" if total > len(group) else f"{total} {name}"
         draw.text((_MARGIN, top), title, color, ImageFont.load_default(_TITLE_SIZE))
         top += _TITLE_SIZE + 20
         for index, entry in enumerate(group):

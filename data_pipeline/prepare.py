@@ -7,10 +7,10 @@ where the last run stopped, and redoes only what new files or other settings ask
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 from dataclasses import dataclass, field
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
@@ -379,19 +379,29 @@ def _table(rows):
 
 
 def _draw(rows, videos, out, most=24):
-    """The contact sheet: up to `most` kept and `most` dropped clips, spread evenly over the table."""
-    xdog, entries = extractor("xdog"), []
+    """The contact sheet: up to `most` kept and `most` dropped clips, spread over buckets and reasons."""
+    xdog, entries, totals = extractor("xdog"), [], {}
     for kept in (True, False):
         group = [row for row in rows if row.kept == kept and row.clip is not None]
-        for index in np.linspace(0, len(group) - 1, min(most, len(group)), dtype=int):
-            row = group[index]
+        totals["kept" if kept else "dropped"] = sum(row.kept == kept for row in rows)
+        for row in _spread(group, lambda row: str(row.bucket) if row.kept else _reasons(row)[0], most):
             frame = _middle_frame(row, videos, out)
             clip = row.clip
             if row.reason:
                 clip = dataclasses.replace(clip, reasons=(row.reason,), details={row.reason: row.problem})
             entries.append(clip_entry(clip, frame, xdog(frame[None])[0]))
     with out.writing(CONTACT_SHEET) as path:
-        draw_contact_sheet(entries, path)
+        draw_contact_sheet(entries, path, totals)
+
+
+def _spread(rows, kind, most):
+    """Up to `most` rows, as many of each kind as there are of the others; kinds stay together."""
+    kinds = {}
+    for row in rows:
+        kinds.setdefault(kind(row), []).append(row)
+    turns = itertools.chain(*itertools.zip_longest(*kinds.values()))
+    chosen = list(itertools.islice(filter(None, turns), most))
+    return sorted(chosen, key=lambda row: list(kinds).index(kind(row)))
 
 
 def _middle_frame(row, videos, out):

@@ -25,6 +25,7 @@ from data_pipeline.curation import MEASURING, CurationConfig, curate_image, cura
 from data_pipeline.shapes import Bucket, cover_box
 from data_pipeline.storage import Storage, is_remote
 
+MEASURE_VERSION = 1  # counts changes of what is measured and refused: all sources are looked at again
 SOURCES, CLIPS = "work/sources", "work/clips"  # below the dataset's folder
 LOCAL_RUNNER = ("--runner=DirectRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=0")
 
@@ -53,7 +54,7 @@ class ClipTask:
 
 def source_key(videos, name, config):
     """Name of a source's result: a hash of the file's name, size and time, and of how it is measured."""
-    text = json.dumps([name, videos.stamp(name), [getattr(config, field) for field in MEASURING]])
+    text = json.dumps([MEASURE_VERSION, name, videos.stamp(name), [getattr(config, field) for field in MEASURING]])
     return f"{SOURCES}/{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 

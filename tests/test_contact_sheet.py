@@ -69,3 +69,12 @@ def test_a_clip_shows_its_scores_or_why_it_is_dropped():
         assert score in " ".join(kept.lines[2:])
     gone = clip_entry(decide(clip, CurationConfig(min_frames=20)), flat(BLUE))
     assert not gone.kept and "short: 17 frames, at least 20 wanted" in gone.lines
+
+
+def test_the_title_says_how_many_clips_the_entries_stand_for(tmp_path):
+    sheets = []
+    for totals in (None, {"kept": 1, "dropped": 0}, {"kept": 1234, "dropped": 0}):
+        file = io.BytesIO()
+        draw_contact_sheet([Entry(("a",), flat(BLUE), None, True)], file, totals)
+        sheets.append(file.getvalue())
+    assert sheets[0] == sheets[1] != sheets[2]

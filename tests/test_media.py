@@ -571,6 +571,22 @@ def test_damage_in_the_middle_is_refused(tmp_path, suffix):
         read_video(path)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_hole_of_zeros_is_found(tmp_path, suffix, codec):
+    """The decoder itself goes on through it without a word."""
+    frames = moving(12, 128, 192)
+    path = encode(tmp_path / f"a{suffix}", frames, codec, crf="4", bf="0")
+    assert len(read_video(path).frames) == 12
+    positions, packets = packets_of(path)
+    data = bytearray(path.read_bytes())
+    place = data.index(packets[5]) + len(packets[5]) // 2
+    data[place : place + 40] = bytes(40)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="damaged"):
+        read_video(path)
+
+
 def test_damaged_structure_of_a_webm_is_refused(tmp_path):
     """WebM has no checksums; FFmpeg skips to the next block that it understands, if any."""
     write_video(tmp_path / "a.webm", moving(), 24)
