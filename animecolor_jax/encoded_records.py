@@ -51,7 +51,7 @@ class PrecomputeConfig:
             ("seed", self.seed >= 0, "0 or more"),
         ):
             if not holds:
-                raise InputError(f"{getattr(self, field)!r}", where=f"precompute.{field}", expected=expected)
+                raise InputError(f"{getattr(self, field)!r}", where=f"encoded.{field}", expected=expected)
 
     def candidates(self, bucket):
         """K, the reference candidates of a bucket's clips."""

@@ -180,14 +180,10 @@ def _curate(videos, out, names, config, beam_flags, progress):
     """Every source's clips as rows, in the order of the names."""
     results = {name: stages.source_key(videos, name, config.curation) for name in names}
     there = set(out.names(stages.SOURCES))
-    pending = [
-        stages.SourceTask(videos.root, name, out.root, result, config.curation)
-        for name, result in results.items()
-        if result not in there
-    ]
     stages.run_on_beam(
         stages.curate_source,
-        pending,
+        [task for task in results.items() if task[1] not in there],
+        stages.Job(videos.root, out.root, config.curation, config.encoding),
         beam_flags,
         lambda: len(out.names(stages.SOURCES)),
         "curating",
@@ -208,6 +204,7 @@ def _choose(rows, config):
     """Decides about every clip, by its own scores and then by its twins; gives the kept ones a bucket."""
     read = [row for row in rows if row.clip is not None]
     clips = mark_duplicates([decide(row.clip, config.curation) for row in read], config.curation)
+    first = {}
     for row, clip in zip(read, clips, strict=True):
         height, width = clip.crop[2:]
         if clip.is_image:
@@ -220,6 +217,9 @@ def _choose(rows, config):
         row.clip = clip
         if row.kept:
             row.identity = stages.clip_id(row.sha256, clip, row.bucket, config.encoding)
+            twin = first.setdefault(row.identity, row)
+            if twin is not row:  # a copy of the file, where duplicates are not looked for
+                row.reason, row.problem = "duplicate", f"has the very pixels of {twin.clip.name}"
             row.split = "test" if int(row.sha256[:8], 16) / 2**32 < config.test_share else "train"
 
 
@@ -232,20 +232,18 @@ def _store(rows, videos, out, config, beam_flags, progress):
     missing = {}
     for row in rows:
         if row.kept and stages.clip_name(row.identity, row.bucket) not in there:
-            missing.setdefault(row.source, []).append((row.identity, row.clip, row.bucket))
-    tasks = []
-    for name, clips in missing.items():
-        ordered = tuple(sorted(clips, key=lambda entry: entry[1].start))
-        tasks.append(stages.ClipTask(videos.root, name, out.root, ordered, config.encoding))
-    total = sum(map(len, missing.values()))
+            clip = row.clip
+            cut = stages.Cut(row.identity, clip.start, clip.end, clip.crop, clip.fps, row.bucket)
+            missing.setdefault(row.source, []).append(cut)
     stages.run_on_beam(
         stages.store_clips,
-        tasks,
+        [(name, sorted(cuts, key=lambda cut: cut.start)) for name, cuts in missing.items()],
+        stages.Job(videos.root, out.root, config.curation, config.encoding),
         beam_flags,
         lambda: len(out.names(stages.CLIPS, recursive=True)),
         "storing",
         progress,
-        total=total,
+        total=sum(map(len, missing.values())),
     )
     there = set(out.names(stages.CLIPS, recursive=True))
     for row in rows:
@@ -261,10 +259,6 @@ def _store(rows, videos, out, config, beam_flags, progress):
 def _pack(rows, out, config, progress):
     """Packs the stored clips into shards, unless exactly that was done; returns the bytes of all records."""
     kept = sorted((row for row in rows if row.kept), key=lambda row: row.identity)
-    first = {}
-    for row in kept:  # two copies of one file: one record
-        first.setdefault(row.identity, row)
-    kept = list(first.values())
     said = [[row.identity, row.source, str(row.bucket), row.split, row.caption] for row in kept]
     layout = [records.FORMAT_VERSION, config.shard_bytes, config.compress]
     digest = hashlib.sha256(json.dumps([layout, said]).encode()).hexdigest()

@@ -14,6 +14,7 @@ import json
 import logging
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 
@@ -31,30 +32,30 @@ LOCAL_RUNNER = ("--runner=DirectRunner", "--direct_running_mode=multi_processing
 
 
 @dataclass(frozen=True)
-class SourceTask:
-    """Curate one source: decode it once, find its shots, score them."""
+class Job:
+    """What all tasks share."""
 
-    videos: str
-    name: str
+    videos: str  # folder or URL
     out: str
-    result: str  # name of the result below `out`
-    config: CurationConfig
-
-
-@dataclass(frozen=True)
-class ClipTask:
-    """Store clips of one source. `clips` are (id, Clip, Bucket) in the order of their frames."""
-
-    videos: str
-    name: str
-    out: str
-    clips: tuple
+    curation: CurationConfig
     encoding: ClipEncoding
+
+
+class Cut(NamedTuple):
+    """A clip to be stored: frames start to end, cropped to (top, left, height, width)."""
+
+    identity: str
+    start: int
+    end: int
+    crop: tuple
+    fps: float
+    bucket: Bucket
 
 
 def source_key(videos, name, config):
     """Name of a source's result: a hash of the file's name, size and time, and of how it is measured."""
-    text = json.dumps([MEASURE_VERSION, name, videos.stamp(name), [getattr(config, field) for field in MEASURING]])
+    measuring = [getattr(config, field) for field in MEASURING]
+    text = json.dumps([MEASURE_VERSION, name, videos.stamp(name), measuring])
     return f"{SOURCES}/{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
@@ -70,58 +71,64 @@ def clip_name(identity, bucket):
     return f"{CLIPS}/{identity[:2]}/{identity}.{'png' if bucket.is_image else 'mp4'}"
 
 
-def curate_source(task):
-    """Writes {"name", "sha256", "clips": [...], "error": None or [reason, sentence]}, come what may."""
+def curate_source(task, job):
+    """Decodes a source once, finds its shots and scores them. `task` is its name and that of the result.
+
+    Writes {"name", "sha256", "clips": [...], "error": None or [reason, sentence]}, come what may.
+    """
     cv2.setNumThreads(1)  # every core has a worker of its own
-    videos, clips, digest, problem = Storage(task.videos), [], None, None
+    (name, result), clips, digest, problem = task, [], None, None
     try:
-        with videos.local(task.name) as path:
+        with Storage(job.videos).local(name) as path:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            clips = _curate(path, task)
+            clips = _curate(path, name, job.curation)
     except Exception as error:  # whatever a broken file does to a decoder: it goes on record
         problem = _on_record(error)
-    result = {
-        "name": task.name,
+    found = {
+        "name": name,
         "sha256": digest,
         "clips": [dataclasses.asdict(clip) for clip in clips],
         "error": problem,
     }
-    Storage(task.out).write(task.result, json.dumps(result, allow_nan=False).encode())
+    Storage(job.out).write(result, json.dumps(found, allow_nan=False).encode())
 
 
-def _curate(path, task):
+def _curate(path, name, config):
     with open_video(path) as stream:
         if path.suffix.lower() in IMAGE_SUFFIXES:
             start = list(itertools.islice(stream.frames, 2))
             if len(start) == 1:
-                return [curate_image(start[0], task.name, task.config)]
+                return [curate_image(start[0], name, config)]
             stream.frames = itertools.chain(start, stream.frames)
-        return curate_video(stream, task.name, task.config)
+        return curate_video(stream, name, config)
 
 
-def store_clips(task):
-    """Writes a file for every clip, or `ID.json` beside it with the error."""
+def store_clips(task, job):
+    """Writes a file for every clip of a source, or `ID.json` in its place with the error.
+
+    `task` is the source's name and its cuts in the order of their frames.
+    """
     cv2.setNumThreads(1)
-    videos, out = Storage(task.videos), Storage(task.out)
-    pending = list(task.clips)
+    (name, cuts), out = task, Storage(job.out)
+    pending = list(cuts)
     try:
-        with videos.local(task.name) as path, open_video(path) as stream:
+        with Storage(job.videos).local(name) as path, open_video(path) as stream:
             frames = enumerate(stream.frames)
             while pending:
-                identity, clip, bucket = pending[0]
-                shown = (_fit(frame, clip.crop, bucket) for _, frame in span(frames, clip.start, clip.end))
-                if bucket.is_image:
+                cut = pending[0]
+                shown = (_fit(frame, cut) for _, frame in span(frames, cut.start, cut.end))
+                if cut.bucket.is_image:
                     data = clip_video.encode_image(next(shown))
                 else:
-                    data = clip_video.encode(shown, clip.fps, task.encoding)
+                    data = clip_video.encode(shown, cut.fps, job.encoding)
                 pending.pop(0)
-                _write(out, clip_name(identity, bucket), data)
+                _write(out, clip_name(cut.identity, cut.bucket), data)
     except _OutputError as error:
         raise error.__cause__ from None
     except Exception as error:
-        for identity, _, bucket in pending:
-            out.write(error_name(identity, bucket), json.dumps(_on_record(error)).encode())
+        for cut in pending:
+            out.write(error_name(cut.identity, cut.bucket), json.dumps(_on_record(error)).encode())
 
 
 class _OutputError(Exception):
@@ -149,9 +156,9 @@ def span(frames, start, end):
             return
 
 
-def _fit(frame, crop, bucket: Bucket):
+def _fit(frame, cut):
     """[H, W, 3] -> the bucket's size: the crop, resized to cover it, its middle."""
-    top, left, height, width = crop
+    (top, left, height, width), bucket = cut.crop, cut.bucket
     inner_top, inner_left, height, width = cover_box(height, width, *bucket.size)
     top, left = top + inner_top, left + inner_left
     part = frame[top : top + height, left : left + width]
@@ -202,19 +209,19 @@ def check_beam_flags(flags):
         )
 
 
-def run_on_beam(function, tasks, flags, count_done, label, progress, total=None):
-    """Runs `function` over all tasks with Apache Beam.
+def run_on_beam(function, tasks, job, flags, count_done, label, progress, total=None):
+    """Runs `function(task, job)` for all tasks with Apache Beam.
 
     Args:
         function: importable by name; its result is ignored.
-        tasks: picklable values.
+        tasks: small picklable values: they travel inside the pipeline.
         flags: Beam's own flags, such as ("--runner=FlinkRunner", ...); () is the direct runner on all cores.
         count_done: function -> how many results are there; drives the progress bar.
         progress: tqdm or the like, called with total= and desc=.
         total: number of results; default: of tasks.
 
     Raises:
-        RuntimeError: a task failed for reasons other than its input.
+        OSError: a task failed for reasons other than its input, such as a full disk.
     """
     if not tasks:
         return
@@ -226,13 +233,16 @@ def run_on_beam(function, tasks, flags, count_done, label, progress, total=None)
     quiet.setLevel(logging.ERROR)
     flags = ["--default_sdk_harness_log_level=ERROR", *flags]
     options = beam.options.pipeline_options.PipelineOptions(flags)
-    interval = 15 if is_remote(tasks[0].out) else 2  # listing 100,000 files takes a while
+    interval = 15 if is_remote(job.out) else 2  # listing 100,000 files takes a while
     try:
         with (
             _polling(count_done, total or len(tasks), interval, label, progress),
             beam.Pipeline(options=options) as pipeline,
         ):
-            _ = pipeline | beam.Create(tasks) | beam.Reshuffle() | beam.Map(function)
+            _ = pipeline | beam.Create(tasks) | beam.Reshuffle() | beam.Map(function, job)
+    except RuntimeError as error:  # Beam's, around whatever happened in a worker
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(f"{label} stopped: {reason}; what was finished is kept") from error
     finally:
         quiet.setLevel(level)
 

@@ -4,29 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from tiny_models import WIDTH, save_clip
 
 from animecolor_jax.errors import InputError
 from data_pipeline.aesthetics import ClipAestheticScorer, read_head
 
-WIDTH = 24  # projection_dim of the tiny CLIP
-
 
 @pytest.fixture(scope="module")
 def clip_dir(tmp_path_factory):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.CLIPConfig(
-        text_config={**tower, "vocab_size": 40, "max_position_embeddings": 8},
-        vision_config={**tower, "image_size": 28, "patch_size": 14},
-        projection_dim=WIDTH,
-    )
-    folder = tmp_path_factory.mktemp("clip")
-    transformers.CLIPModel(config).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    transformers.CLIPImageProcessorPil(**size).save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny_models import save_llava
 
 from animecolor_jax.errors import InputError
 from data_pipeline.captions import Captioner, read_captions, sample_frames
@@ -136,41 +137,11 @@ def test_frames_are_taken_from_the_middle_of_equal_segments():
 # ---------------------------------------------------------------- a tiny LLaVA
 
 
-WORDS = [f"word{index}" for index in range(40)]
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    torch.manual_seed(3)
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    vocabulary = {word: index for index, word in enumerate(special + WORDS + ["USER", "ASSISTANT", ":"])}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**tower, image_size=28, patch_size=14),
-        text_config=transformers.LlamaConfig(
-            **tower, vocab_size=len(vocabulary), max_position_embeddings=256, initializer_range=0.6,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        ),
-        image_token_index=vocabulary["<image>"], vision_feature_layer=-1,
-    )  # fmt: skip
-    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessorPil(**size), tokenizer, patch_size=14,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("llava")
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture

@@ -358,7 +358,7 @@ def test_impossible_arguments_are_refused(weights, clips, options, message):
     ("field", "value"), [("references", 0), ("stride", 0), ("seed", -1), ("dtype", "int8")]
 )
 def test_impossible_configs_are_refused(field, value):
-    with pytest.raises(InputError, match=f"precompute.{field}"):
+    with pytest.raises(InputError, match=f"encoded.{field}"):
         PrecomputeConfig(**{field: value})
 
 

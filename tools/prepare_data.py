@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from animecolor_jax import cli
+from animecolor_jax.encoded_records import PrecomputeConfig
 from animecolor_jax.errors import InputError
 from data_pipeline.clip_video import ClipEncoding
 from data_pipeline.curation import CurationConfig
@@ -44,6 +45,13 @@ class Arguments:
     """Of a finished dataset: any of latents,text,image."""
     weights: Path | None = None
     """Weights directory for --precompute."""
+    encoded: PrecomputeConfig = field(default_factory=PrecomputeConfig)
+    batch_size: int = 2
+    """Clips that a device encodes at a time."""
+    mesh: str = ""
+    """Devices of this process that --precompute uses, e.g. data=4; default: all, each with its own clips."""
+    distributed: bool = False
+    """--precompute runs on several hosts, one process each, which JAX finds by itself (TPU pods, SLURM)."""
     json: bool = False
     """Print one JSON object as the last line."""
 
@@ -60,7 +68,8 @@ def run(args, beam_flags):
             fix="prepare with --videos DIR; then --precompute latents,text,image --weights DIR",
         )
     report = precompute(args, beam_flags) if args.precompute else prepare(args, beam_flags)
-    print(f"{report['clips']} clips in {len(report['buckets'])} buckets, {report['bytes'] / 2**20:.1f} MiB")
+    size = "other processes go on" if report["bytes"] is None else f"{report['bytes'] / 2**20:.1f} MiB"
+    print(f"{report['clips']} clips in {len(report['buckets'])} buckets, {size}")
     for name, count in report["buckets"].items():
         print(f"  {name}: {count}")
     for reason, count in report["dropped"].items():
@@ -84,13 +93,19 @@ def prepare(args, beam_flags):
 
 def precompute(args, unknown):
     """Runs the networks over the finished dataset."""
+    import jax
+
     from animecolor_jax.precompute import precompute
 
     if unknown:
         raise InputError(" ".join(unknown), where="arguments", expected="what --help lists", fix="see --help")
     if args.weights is None:
         raise InputError("is missing", where="--weights", expected="the weights directory to precompute with")
-    return precompute(args.out, args.weights, tuple(args.precompute.split(",")))
+    if args.distributed:
+        jax.distributed.initialize()
+    what = tuple(args.precompute.split(","))
+    options = {"batch_size": args.batch_size, "mesh": args.mesh}
+    return {"dropped": {}, **precompute(args.out, args.weights, what, args.encoded, **options)}
 
 
 if __name__ == "__main__":
