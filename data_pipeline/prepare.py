@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from animecolor_jax.errors import InputError
 from animecolor_jax.media import open_video
-from data_pipeline import clip_video, records, stages
+from data_pipeline import beam_runner, clip_video, records, stages
 from data_pipeline.aesthetics import ClipAestheticScorer
 from data_pipeline.captions import Captioner, read_captions
 from data_pipeline.clip_video import ClipEncoding
@@ -100,7 +100,7 @@ def prepare(videos, out, config, *, captions=None, models=None, beam_flags=(), p
         InputError: there is nothing to read, or a setting is impossible; before any work.
     """
     videos, out, models = Storage(videos), Storage(out), models or Models()
-    stages.check_beam_flags(beam_flags)
+    beam_runner.check_beam_flags(beam_flags)
     names = _sources(videos, out)
     texts = read_captions(captions, videos.root, names)
     _check_writable(out)
@@ -180,8 +180,9 @@ def _curate(videos, out, names, config, beam_flags, progress):
     """Every source's clips as rows, in the order of the names."""
     results = {name: stages.source_key(videos, name, config.curation) for name in names}
     there = set(out.names(stages.SOURCES))
-    stages.run_on_beam(
+    beam_runner.run_on_beam(
         stages.curate_source,
+        stages.lose_source,
         [task for task in results.items() if task[1] not in there],
         stages.Job(videos.root, out.root, config.curation, config.encoding),
         beam_flags,
@@ -235,8 +236,9 @@ def _store(rows, videos, out, config, beam_flags, progress):
             clip = row.clip
             cut = stages.Cut(row.identity, clip.start, clip.end, clip.crop, clip.fps, row.bucket)
             missing.setdefault(row.source, []).append(cut)
-    stages.run_on_beam(
+    beam_runner.run_on_beam(
         stages.store_clips,
+        stages.lose_clips,
         [(name, sorted(cuts, key=lambda cut: cut.start)) for name, cuts in missing.items()],
         stages.Job(videos.root, out.root, config.curation, config.encoding),
         beam_flags,

@@ -5,14 +5,10 @@ moment, repeated, and spread over any number of computers. Tasks and results are
 pickles them.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import logging
-import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,11 +20,11 @@ from data_pipeline import clip_video
 from data_pipeline.clip_video import ClipEncoding
 from data_pipeline.curation import MEASURING, CurationConfig, curate_image, curate_video
 from data_pipeline.shapes import Bucket, cover_box
-from data_pipeline.storage import Storage, is_remote
+from data_pipeline.storage import Storage
 
 MEASURE_VERSION = 1  # counts changes of what is measured and refused: all sources are looked at again
+LOST = ("failed", "the process that worked on it died: a crash of the decoder, or not enough memory")
 SOURCES, CLIPS = "work/sources", "work/clips"  # below the dataset's folder
-LOCAL_RUNNER = ("--runner=DirectRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=0")
 
 
 @dataclass(frozen=True)
@@ -94,6 +90,13 @@ def curate_source(task, job):
     Storage(job.out).write(result, json.dumps(found, allow_nan=False).encode())
 
 
+def lose_source(task, job):
+    """What `curate_source` leaves where its process died."""
+    name, result = task
+    found = {"name": name, "sha256": None, "clips": [], "error": LOST}
+    Storage(job.out).write(result, json.dumps(found).encode())
+
+
 def _curate(path, name, config):
     with open_video(path) as stream:
         if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -129,6 +132,14 @@ def store_clips(task, job):
     except Exception as error:
         for cut in pending:
             out.write(error_name(cut.identity, cut.bucket), json.dumps(_on_record(error)).encode())
+
+
+def lose_clips(task, job):
+    """What `store_clips` leaves where its process died."""
+    out = Storage(job.out)
+    for cut in task[1]:
+        if not out.exists(clip_name(cut.identity, cut.bucket)):
+            out.write(error_name(cut.identity, cut.bucket), json.dumps(LOST).encode())
 
 
 class _OutputError(Exception):
@@ -173,99 +184,3 @@ def _on_record(error):
     if isinstance(error, InputError):
         return "unreadable", error.what
     return "failed", f"{type(error).__name__}: {error}"
-
-
-def import_beam():
-    """Apache Beam, imported where it is needed: that takes seconds, and warns of missing Google services."""
-    logging.disable(logging.WARNING)
-    try:
-        import apache_beam
-        import apache_beam.options.pipeline_options
-    except ImportError as error:
-        raise InputError(
-            "Apache Beam is not installed", where="data preparation", fix='pip install -e ".[data]"'
-        ) from error
-    finally:
-        logging.disable(logging.NOTSET)
-    return apache_beam
-
-
-def check_beam_flags(flags):
-    """Raises InputError for flags that Beam does not know either; by itself it would pass over them."""
-    PipelineOptions = import_beam().options.pipeline_options.PipelineOptions
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for options in PipelineOptions.__subclasses__():
-        options._add_argparse_args(parser)
-    try:
-        _, unknown = parser.parse_known_args(list(flags))
-    except argparse.ArgumentError as error:
-        raise InputError(str(error), where="arguments", expected="a value that Apache Beam takes") from error
-    if unknown:
-        raise InputError(
-            f"unknown: {' '.join(unknown)}",
-            where="arguments",
-            expected="what --help lists, or a flag of Apache Beam",
-            fix="see --help",
-        )
-
-
-def run_on_beam(function, tasks, job, flags, count_done, label, progress, total=None):
-    """Runs `function(task, job)` for all tasks with Apache Beam.
-
-    Args:
-        function: importable by name; its result is ignored.
-        tasks: small picklable values: they travel inside the pipeline.
-        flags: Beam's own flags, such as ("--runner=FlinkRunner", ...); () is the direct runner on all cores.
-        count_done: function -> how many results are there; drives the progress bar.
-        progress: tqdm or the like, called with total= and desc=.
-        total: number of results; default: of tasks.
-
-    Raises:
-        OSError: a task failed for reasons other than its input, such as a full disk.
-    """
-    if not tasks:
-        return
-    if not any(flag.startswith("--runner") for flag in flags):
-        flags = (*LOCAL_RUNNER, *flags)
-    beam = import_beam()
-    quiet = logging.getLogger("apache_beam")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    flags = ["--default_sdk_harness_log_level=ERROR", *flags]
-    options = beam.options.pipeline_options.PipelineOptions(flags)
-    interval = 15 if is_remote(job.out) else 2  # listing 100,000 files takes a while
-    try:
-        with (
-            _polling(count_done, total or len(tasks), interval, label, progress),
-            beam.Pipeline(options=options) as pipeline,
-        ):
-            _ = pipeline | beam.Create(tasks) | beam.Reshuffle() | beam.Map(function, job)
-    except RuntimeError as error:  # Beam's, around whatever happened in a worker
-        reason = str(error).strip().splitlines()[-1]
-        raise OSError(f"{label} stopped: {reason}; what was finished is kept") from error
-    finally:
-        quiet.setLevel(level)
-
-
-@contextlib.contextmanager
-def _polling(count_done, total, interval, label, progress):
-    """A progress bar that counts finished files: workers may be on other computers."""
-    before, stop = count_done(), threading.Event()
-    with progress(total=total, desc=label) as bar:
-
-        def poll():
-            while not stop.wait(interval):
-                bar.n = min(total, count_done() - before)
-                bar.refresh()
-
-        thread = threading.Thread(target=poll, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            bar.n = min(total, count_done() - before)
-            bar.refresh()
-
-
