@@ -1,6 +1,7 @@
 """Weights of the network in `text_detection` that tells rows of writing from rows of other strokes.
 
-Fitted to drawn clips with and without subtitles; features in the order of `text_detection.FEATURES`.
+Fitted to drawn clips with and without subtitles; tools/fit_text_detector.py fits, measures and writes them.
+Features in the order of `text_detection.FEATURES`.
 """
 
 import numpy as np

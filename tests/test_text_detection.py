@@ -1,14 +1,20 @@
 """The built-in text detector on drawn clips that it was not fitted to, and detectors of the user's."""
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 from animecolor_jax.errors import InputError
+from data_pipeline import text_detection, text_fitting, text_row_weights
 from data_pipeline.text_detection import TEXT_THRESHOLD, ModelTextDetector, surest_region, text_score
 from data_pipeline.toon import draw_clip, draw_subtitle
 
+TOOL = Path(__file__).parents[1] / "tools" / "fit_text_detector.py"
 CLIPS, FIRST_SEED = 40, 900_000  # seeds from 900 000 on took no part in the fit
 TEXT = (
     "Hey! Wait for me. Where are you going? I never said that it was your fault, Mina! Look: over there, "
@@ -77,6 +83,114 @@ def test_frames_of_another_form_are_refused():
     for shape, dtype in (((2, 96, 160), np.uint8), ((2, 96, 160, 3), float), ((0, 96, 160, 3), np.uint8)):
         with pytest.raises(InputError, match=r"frames: \["):
             text_score(np.zeros(shape, dtype))
+
+
+# ---------------------------------------------------------------- fitting
+
+opencv_5 = pytest.mark.skipif(not hasattr(cv2, "FontFace"), reason="draws letters with fonts of OpenCV 5")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("tools_fit_text_detector", TOOL)
+    module = sys.modules["tools_fit_text_detector"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_tool(tool, monkeypatch, *flags):
+    """Exit code of the tool."""
+    monkeypatch.setattr(sys, "argv", ["fit_text_detector.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        tool.cli.main(tool.run, tool.Arguments)
+    return stop.value.code
+
+
+@opencv_5
+@pytest.mark.parametrize("kind", text_fitting.KINDS)
+def test_fitting_clips_differ_by_their_writing_and_tell_where_it_is(kind):
+    for seed in range(3):
+        plain, titled = (text_fitting.draw_text_clip(kind, seed, text, (180, 320)) for text in (False, True))
+        again = text_fitting.draw_text_clip(kind, seed, True, (180, 320))
+        np.testing.assert_array_equal(titled.frames, again.frames)
+        assert plain.frames.shape == titled.frames.shape == (text_fitting.FRAMES, 180, 320, 3)
+        assert plain.box is None and not plain.shown.any() and 2 * titled.shown.sum() >= len(titled.shown)
+        left, top, right, bottom = titled.box
+        changed = np.abs(plain.frames.astype(int) - titled.frames).max((1, 2, 3))
+        assert (changed[titled.shown] > 50).all()
+        if kind == "toon":  # the others are compressed besides
+            assert (changed > 0).tolist() == titled.shown.tolist()
+            outside = np.ones((180, 320), bool)
+            outside[top:bottom, left:right] = False
+            np.testing.assert_array_equal(plain.frames[:, outside], titled.frames[:, outside])
+
+
+@opencv_5
+def test_fitted_weights_separate_their_clips_and_the_detector_reads_them(tool, monkeypatch, tmp_path):
+    clips = [text_fitting.draw_text_clip("toon", seed, bool(seed % 2), (180, 320)) for seed in range(12)]
+    rows = tool.Rows(clips)
+    assert rows.with_text.tolist() == [False, True] * 6
+    assert not set(rows.clip[rows.labels != 0]) & set(np.flatnonzero(~rows.with_text))
+    weights = tool.fit_detector(rows, hidden=4, decay=5e-4, steps=100, false_alarms=0.2)
+    logits = tool.logits(weights, rows.features)
+    writing, other = logits[rows.labels == 1], logits[rows.labels == 0]
+    assert (writing[:, None] > other).mean() > 0.97
+
+    file = tmp_path / "weights.py"
+    file.write_text(tool.python_source(weights))
+    read = {}
+    exec(file.read_text(), read)
+    for name in weights:
+        monkeypatch.setattr(text_detection, name, read[name])
+    scores = [text_score(clip.frames) for clip in clips[:4]]
+    expected = [tool.score_with(weights, clip.frames) for clip in clips[:4]]
+    np.testing.assert_allclose(scores, expected, atol=1e-9)
+    assert max(scores[0], scores[2]) < min(scores[1], scores[3])
+
+
+def test_weights_in_the_repository_are_as_the_tool_writes_them(tool):
+    names = ("MEAN", "SCALE", "HIDDEN_WEIGHTS", "HIDDEN_BIAS", "WEIGHTS", "BIAS")
+    weights = {name: getattr(text_row_weights, name) for name in names}
+    assert tool.python_source(weights) == Path(text_row_weights.__file__).read_text()
+
+
+@opencv_5
+def test_fitting_tool_reports_held_out_clips(tool, monkeypatch, tmp_path, capsys):
+    small = ("--held-out", 2, "--size", "96x160", "--json")
+    assert run_tool(tool, monkeypatch, "--evaluate", *small) in (0, 1)
+    present = json.loads(capsys.readouterr().out.splitlines()[-1])
+    flags = ("--out", tmp_path / "weights.py", "--clips", 4, "--steps", 5, *small)
+    assert run_tool(tool, monkeypatch, *flags) in (0, 1)
+    fitted = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert fitted.pop("out") == str(tmp_path / "weights.py") and (tmp_path / "weights.py").exists()
+    for report in (present, fitted):
+        assert {kind: set(figures) for kind, figures in report.items()} == dict.fromkeys(
+            text_fitting.KINDS, {"clips", "recall", "false_alarms"}
+        )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ((), "--out: is missing"),
+        (("--out", "w.py", "--evaluate"), "--out: is given with --evaluate"),
+        (("--out", "missing/w.py"), "missing/w.py: its folder is missing"),
+        (("--evaluate", "--held-out", "0"), "--held-out: 0"),
+        (("--out", "."), ".: is a folder"),
+        (("--evaluate", "--size", "40x400"), "--size: 40x400"),
+        (("--out", "w.py", "--seed", "899990"), "--seed, --clips: reach 900790"),
+        (("--out", "w.py", "--false-alarms", "1"), "--false-alarms: 1.0"),
+        (("--out", "w.py", "--fonts", "."), "has no .ttf file"),
+    ],
+)
+def test_fitting_tool_refuses_bad_arguments_before_drawing(
+    tool, monkeypatch, tmp_path, capsys, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tool, "draw_text_clip", None)  # calling it would fail
+    assert run_tool(tool, monkeypatch, *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- detectors of the user's
