@@ -1,9 +1,10 @@
-"""What `tools/benchmark.py data` measures: reading, decoding and line art, on datasets made on the spot.
+"""What `tools/benchmark.py data` measures: reading, decoding, line art, cartoons; on datasets made for it.
 
 Files come from the page cache, as they do in training from the second epoch on where memory suffices; a disk
 or network that is slower than the figures here is the limit.
 """
 
+import functools
 import itertools
 import multiprocessing
 import statistics
@@ -17,6 +18,7 @@ import numpy as np
 
 from animecolor_jax.config import preset
 from animecolor_jax.encoded_records import PrecomputeConfig, array_specs
+from animecolor_jax.media_writing import write_video
 from animecolor_jax.sketch import xdog
 from data_pipeline import clip_video, records
 from data_pipeline.dataset import DataConfig, LoadConfig, training_batches
@@ -26,6 +28,7 @@ from data_pipeline.storage import Storage
 from data_pipeline.toon import draw_clip
 
 CLIP = Bucket(49, 320, 512)  # decoded against precomputed
+SMALL = Bucket(17, 96, 160)  # the tiny preset's, of cartoons alone
 FULL = Bucket(49, 480, 720)  # the size at which a 2B clip is published
 CLIP_FRAMES, NUM_CLIPS = 145, 8  # 145 frames are a window of 49 at stride 3
 BATCH = 4
@@ -47,6 +50,7 @@ def data(repeats):
             full_size(full_clips, full, repeats),
             *reading(full, packed, repeats),
             *sketches(repeats),
+            *toons(repeats),
             *sizes(clips, encoded, full),
         ]
 
@@ -229,6 +233,33 @@ def sketches(repeats, count=16):
             theirs,
         ),
     ]
+
+
+def toons(repeats, clips=12):
+    """Cartoons: frames drawn against frames encoded as H.264, the best of `repeats` for each clip.
+
+    By CPU time of all threads: the encoder has several.
+    """
+    results = []
+    for bucket in (SMALL, CLIP):
+        drawing = encoding = 0.0
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "clip.mp4"
+            for seed in range(clips):
+                draw = functools.partial(draw_clip, bucket.frames, *bucket.size, seed=seed)
+                encode = functools.partial(write_video, path, draw().color, 24)
+                drawing += min(cpu_seconds(draw) for _ in range(repeats))
+                encoding += min(cpu_seconds(encode) for _ in range(repeats))
+        rates = (clips * bucket.frames / seconds for seconds in (drawing, encoding))
+        results.append(line("cartoons, drawn against encoded, CPU time", str(bucket), "frames/s", *rates))
+    return results
+
+
+def cpu_seconds(run):
+    """CPU time of all threads in one call of `run`."""
+    began = time.process_time()
+    run()
+    return time.process_time() - began
 
 
 def sizes(clips, encoded, full):

@@ -96,6 +96,15 @@ def test_frames_are_drawn_in_chunks_without_a_seam(monkeypatch):
     assert whole.entries == chunked.entries
 
 
+def test_frames_drawn_together_are_the_same_as_one_by_one(monkeypatch):
+    together = [draw_clip(9, 48, 80, seed=seed) for seed in range(12)]
+    monkeypatch.setattr(render, "_STRIP", 1)
+    for seed, clip in enumerate(together):
+        alone = draw_clip(9, 48, 80, seed=seed)
+        np.testing.assert_array_equal(alone.color, clip.color)
+        np.testing.assert_array_equal(alone.sketch, clip.sketch)
+
+
 def test_a_larger_frame_shows_the_same_drawing():
     small, large = draw_clip(1, 96, 160, seed=2), draw_clip(1, 384, 640, seed=2)
     shrunk = cv2.resize(large.color[0], (160, 96), interpolation=cv2.INTER_AREA)

@@ -5,7 +5,6 @@ there, and the curve has an edge where `corner` is 1. Everything else is smooth.
 """
 
 import functools
-import operator
 
 import numpy as np
 
@@ -132,7 +131,7 @@ def curves(pieces):
     starts = stops - steps
     result = np.empty((stops[-1], 3))
     windows = np.stack([a, b, c, d], axis=1)
-    for count in np.unique(steps).tolist():
+    for count in set(steps.tolist()):
         rows = np.flatnonzero(steps == count)
         place = starts[rows, None] + np.arange(count)
         result[place] = _basis(count) @ points[windows[rows]]
@@ -145,20 +144,16 @@ def crescent(points, light):
     Args:
         light: dx, dy: the direction towards the light times the shadow's greatest thickness.
     """
-    x, y = points[:, 0].tolist(), points[:, 1].tolist()
+    around = np.concatenate([points[-1:], points, points[:1]])[:, :2]
+    before, change = around[:-2], around[2:] - around[:-2]
     dx, dy = light
-    before_x, before_y, after_x, after_y = x[-1:] + x[:-1], y[-1:] + y[:-1], x[1:] + x[:1], y[1:] + y[:1]
-    if sum(map(operator.mul, before_x, y)) < sum(map(operator.mul, x, before_y)):  # the way round
+    if before[:, 0] @ points[:, 1] < points[:, 0] @ before[:, 1]:  # the way round
         dx, dy = -dx, -dy
     # the outward normal at a point is (change of y, minus change of x) around it
-    dark = [
-        (y2 - y1) * dx < (x2 - x1) * dy
-        for x1, y1, x2, y2 in zip(before_x, before_y, after_x, after_y, strict=True)
-    ]
-    first, count = _longest_run(dark)
+    first, count = _longest_run(change[:, 1] * dx < change[:, 0] * dy)
     if not 3 <= count < len(points):
         return None
-    outer = points[(first + np.arange(count)) % len(points)]
+    outer = np.concatenate([points, points])[first : first + count]
     inner = outer[-2:0:-1].copy()
     inner[:, :2] += _taper(count)[-2:0:-1] * light
     return np.concatenate([outer, inner])
@@ -170,13 +165,7 @@ def _taper(count):
 
 
 def _longest_run(flags):
-    """Start and length of the longest run of True in a closed row."""
-    best, start = (0, 0), None
-    for index, flag in enumerate(flags + flags):
-        if not flag:
-            start = None
-        elif start is None:
-            start = index
-        if start is not None and index + 1 - start > best[1]:
-            best = start, index + 1 - start
-    return best[0], min(best[1], len(flags))
+    """Start and length of the longest run of True in a closed row, bool [N]."""
+    twice = flags.tobytes() * 2
+    longest = max(twice.split(b"\0"), key=len)
+    return twice.find(longest), min(len(longest), len(flags))
