@@ -5,7 +5,6 @@ where the last run stopped, and redoes only what new files or other settings ask
 """
 
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
@@ -20,6 +19,7 @@ from animecolor_jax.media import open_video
 from data_pipeline import beam_runner, clip_video, records, stages
 from data_pipeline.aesthetics import ClipAestheticScorer
 from data_pipeline.captions import Captioner, read_captions
+from data_pipeline.clip_table import TABLE, clips_digest
 from data_pipeline.clip_video import ClipEncoding
 from data_pipeline.contact_sheet import clip_entry, draw_contact_sheet
 from data_pipeline.curation import Clip, CurationConfig, decide
@@ -30,7 +30,7 @@ from data_pipeline.sketch import extractor
 from data_pipeline.storage import Storage, is_remote
 from data_pipeline.text_detection import ModelTextDetector
 
-TABLE, CONTACT_SHEET = "clips.parquet", "contact_sheet.png"
+CONTACT_SHEET = "contact_sheet.png"
 # Companions of videos, which are passed over; every other file is taken for a video and accounted for.
 SIDECARS = (
     *(".txt", ".json", ".jsonl", ".csv", ".parquet", ".srt", ".ass"),
@@ -114,8 +114,8 @@ def prepare(videos, out, config, *, captions=None, models=None, beam_flags=(), p
         if row.kept:
             row.caption = texts.caption(row.source, row.clip.start, row.clip.end)
     models.caption(rows, out, progress)
-    total = _pack(rows, out, config, progress)
     out.write(TABLE, _table(rows))
+    total = _pack(rows, out, config, progress)
     _draw(rows, videos, out)
     report = summary(rows)
     paths = {"table": out.path(TABLE), "contact_sheet": out.path(CONTACT_SHEET)}
@@ -261,9 +261,8 @@ def _store(rows, videos, out, config, beam_flags, progress):
 def _pack(rows, out, config, progress):
     """Packs the stored clips into shards, unless exactly that was done; returns the bytes of all records."""
     kept = sorted((row for row in rows if row.kept), key=lambda row: row.identity)
-    said = [[row.identity, row.source, str(row.bucket), row.split, row.caption] for row in kept]
-    layout = [records.FORMAT_VERSION, config.shard_bytes, config.compress]
-    digest = hashlib.sha256(json.dumps([layout, said]).encode()).hexdigest()
+    said = [(row.identity, row.source, str(row.bucket), row.split, row.caption) for row in kept]
+    digest = clips_digest(said, config.shard_bytes, config.compress)
     if out.exists(records.CLOSING) and json.loads(out.read(records.CLOSING)).get("digest") == digest:
         return json.loads(out.read(records.CLOSING))["bytes"]
 

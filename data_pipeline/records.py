@@ -3,7 +3,7 @@
     DATASET/dataset.json                                       closing metadata; refused without it
     DATASET/clips.parquet                                      every clip found, its scores, kept or why not
     DATASET/animecolor/49x320x512/1.0.0/                       records with encoded video (`clip_features`)
-    DATASET/encoded/NAME/encoded.json                          closing metadata of one precomputed set
+    DATASET/encoded/NAME/encoded.json, index.json              closing metadata and ids of a precomputed set
     DATASET/encoded/NAME/animecolor_encoded/49x320x512/1.0.0/  records with latents (`encoded_features`)
 """
 

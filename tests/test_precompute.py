@@ -17,6 +17,7 @@ import pytest
 
 from animecolor_jax import denoise, pipeline, safetensors_io
 from animecolor_jax.config import preset
+from animecolor_jax.earlier_results import ResultReader
 from animecolor_jax.encoded_records import PrecomputeConfig, choose_frames
 from animecolor_jax.encoding import Encoder, component_hash, local_mesh
 from animecolor_jax.errors import InputError
@@ -32,7 +33,8 @@ from data_pipeline.toon import draw_clip
 
 ROOT = Path(__file__).parents[1]
 VIDEO, IMAGE = Bucket(9, 32, 48), Bucket(1, 32, 48)
-SHARDS = {(VIDEO, "train"): [3, 2], (VIDEO, "test"): [1], (IMAGE, "train"): [2]}
+# The clips of every shard, by their numbers
+SHARDS = {(VIDEO, "train"): [[0, 1, 2], [3, 4]], (VIDEO, "test"): [[5]], (IMAGE, "train"): [[6, 7]]}
 ONE_DEVICE = {"batch_size": 2, "mesh": "data=1"}
 ENCODING = clip_video.ClipEncoding()
 COMPONENTS = ("vae", "text_encoder", "image_encoder")
@@ -71,29 +73,34 @@ def data(clips, tmp_path):
     return shutil.copytree(clips, tmp_path / "data")
 
 
-def write_dataset(folder):
-    """A finished dataset of drawn clips of 11 frames, and single images."""
-    storage, number = Storage(folder), 0
-    drawn = draw_clip(num_frames=18, height=32, width=48).color
+def write_dataset(folder, shards=SHARDS, changes=None):
+    """A finished dataset of drawn clips of 11 frames, and single images; one that is there is replaced.
+
+    changes: {number: {name: value}} of records.
+    """
+    storage, changes = Storage(folder), changes or {}
+    drawn = draw_clip(num_frames=20, height=32, width=48).color
+    storage.remove(records.CLIPS)
     features = records.clip_features()
     serialize = records.Serializer(features)
     for bucket in (VIDEO, IMAGE):
         splits = {}
-        for split, lengths in ((split, lengths) for (b, split), lengths in SHARDS.items() if b == bucket):
+        for split, numbers in ((split, numbers) for (b, split), numbers in shards.items() if b == bucket):
             size = 0
-            for index, length in enumerate(lengths):
+            for index, shard in enumerate(numbers):
                 examples = []
-                for _ in range(length):
-                    examples.append(serialize(clip_record(number, bucket, drawn[number : number + 11])))
-                    number += 1
-                name = records.shard_name(records.CLIPS, bucket, split, index, len(lengths))
+                for number in shard:
+                    record = clip_record(number, bucket, drawn[number : number + 11])
+                    examples.append(serialize({**record, **changes.get(number, {})}))
+                name = records.shard_name(records.CLIPS, bucket, split, index, len(numbers))
                 size += records.write_shard(storage, name, examples)
-            splits[split] = lengths, size
+            splits[split] = list(map(len, numbers)), size
         records.write_metadata(storage, records.CLIPS, bucket, features, splits)
     buckets = {}
-    for (bucket, split), lengths in SHARDS.items():
-        buckets.setdefault(str(bucket), {})[split] = sum(lengths)
-    records.close(storage, records.CLOSING, {"digest": "d", "buckets": buckets})
+    for (bucket, split), numbers in shards.items():
+        buckets.setdefault(str(bucket), {})[split] = sum(map(len, numbers))
+    digest = f"{[*map(str, shards.items())]} {changes}"
+    records.close(storage, records.CLOSING, {"digest": digest, "buckets": buckets})
     return folder
 
 
@@ -163,6 +170,7 @@ def test_every_clip_has_its_record_in_the_same_place(finished, weights):
     assert {path.name for path in Path(report["encoded"]).iterdir()} == {
         "animecolor_encoded",
         "empty_text.npy",
+        "index.json",
         "encoded.json",
     }
 
@@ -285,6 +293,131 @@ def test_a_killed_process_loses_the_batch_in_hand_only(finished, weights, data, 
     assert killed.returncode == -signal.SIGKILL
     assert files(run(data, weights)) == files(finished[1])
     assert calls == ["image"] * 2 + ["latents"] * 5
+
+
+# ---------------------------------------------------------------- taking over what other sets hold
+
+
+@pytest.fixture
+def earlier(finished, tmp_path):
+    """A dataset of the test's own with its finished set."""
+    return shutil.copytree(finished[0], tmp_path / "data")
+
+
+def by_id(data, weights, shards):
+    """{number: record} of the newest state's set."""
+    found = [record for place in shards for record in read(data, weights, *place)]
+    assert len(found) == sum(len(numbers) for shard in shards.values() for numbers in shard)
+    return {int(record["id"], 16): record for record in found}
+
+
+def assert_same(records, expected, numbers):
+    for number in numbers:
+        assert records[number].keys() == expected[number].keys()
+        for name, value in expected[number].items():
+            np.testing.assert_array_equal(records[number][name], value, f"{name} of {number}")
+
+
+@pytest.mark.parametrize(
+    "shards", [[[0, 8, 1], [2, 3], [4]], [[8, 0, 1], [2, 3, 9], [4]]], ids=["one", "two"]
+)
+def test_only_added_clips_are_computed_and_in_common_batches(finished, weights, earlier, calls, shards):
+    old, after = by_id(earlier, weights, SHARDS), {**SHARDS, (VIDEO, "train"): shards}
+    before = files({"encoded": next((earlier / "encoded").iterdir())})
+    report = run(write_dataset(earlier, after), weights)
+    assert calls == list(WHAT)  # not even that of the empty text
+    assert report["reused"] == 8 and report["clips"] == sum(map(len, shards)) + 3
+    assert files(finished[1]) == before and report["encoded"] != finished[1]["encoded"]
+    assert files(report)["empty_text.npy"] == before["empty_text.npy"]
+    new = by_id(earlier, weights, after)
+    assert_same(new, old, range(8))
+    if len(new) == 10:
+        fresh = write_dataset(earlier.parent / "fresh", after)
+        assert run(fresh, weights)["reused"] == 0
+        assert_same(new, by_id(fresh, weights, after), new)  # on a CPU bits do not depend on the batch
+    there = {"animecolor_encoded", "empty_text.npy", "index.json", "encoded.json"}
+    assert {path.name for path in Path(report["encoded"]).iterdir()} == there  # and no parts
+
+
+def test_the_set_taken_over_from_may_be_deleted(weights, earlier, calls, monkeypatch):
+    monkeypatch.setattr(ResultReader, "read", None)  # records that stay the same are not taken apart
+    old, after = by_id(earlier, weights, SHARDS), {**SHARDS, (IMAGE, "train"): [[7]]}
+    first = next((earlier / "encoded").iterdir())
+    report = run(write_dataset(earlier, after), weights)
+    assert calls == [] and report["reused"] == report["clips"] == 7
+    shutil.rmtree(first)
+    assert run(earlier, weights) == {**report, "reused": 0}
+    assert_same(by_id(earlier, weights, after), old, {*range(6), 7})
+    run(write_dataset(earlier, SHARDS), weights)
+    assert calls == list(WHAT)
+
+
+@pytest.mark.parametrize(("limit", "left"), [(8, (1, 3, 5)), (14, (1, 1, 3))])
+def test_an_unfinished_set_is_taken_over_too_by_a_run_that_is_stopped_itself(
+    finished, weights, data, calls, limit, left
+):
+    after = {**SHARDS, (VIDEO, "train"): [[0, 1], [2, 8], [3, 4]]}
+    calls.limit = limit
+    with pytest.raises(Stopped):
+        run(data, weights)
+    write_dataset(data, after)
+    calls.limit += 1
+    with pytest.raises(Stopped):
+        run(data, weights)
+    calls.limit = None
+    report = run(data, weights)
+    assert calls[limit:] == [network for network, n in zip(WHAT, left, strict=True) for _ in range(n)]
+    assert report["finished"] and report["reused"] == 8
+    assert_same(by_id(data, weights, after), by_id(finished[0], weights, SHARDS), range(8))
+
+
+def test_a_clip_of_another_split_is_computed_anew(weights, earlier, calls):
+    old, after = by_id(earlier, weights, SHARDS), {**SHARDS, (VIDEO, "train"): [[0, 1, 2], [5, 3, 4]]}
+    del after[VIDEO, "test"]
+    assert run(write_dataset(earlier, after), weights)["reused"] == 7
+    assert calls == list(WHAT)
+    new = by_id(earlier, weights, after)
+    assert_same(new, old, {*range(8)} - {5})
+    choice = choose_frames(f"{5:032x}", 11, VIDEO, "train", PrecomputeConfig())
+    assert (*new[5]["window"], *new[5]["reference_frames"]) == (*choice[:2], *choice.references)
+    assert old[5]["reference_frames"][0] == 0 != new[5]["reference_frames"][0]
+
+
+def test_another_caption_costs_its_text_and_another_file_name_nothing(weights, earlier, calls):
+    old = by_id(earlier, weights, SHARDS)
+    changes = {2: {"caption": "another"}, 3: {"source": "renamed.mp4"}}
+    assert run(write_dataset(earlier, changes=changes), weights)["reused"] == 8
+    assert calls == ["text"]
+    new = by_id(earlier, weights, SHARDS)
+    assert new[2]["caption"] == b"another" and (new[2]["text"] != old[2]["text"]).any()
+    assert new[3]["source"] == b"renamed.mp4"
+    for name, number in (("caption", 2), ("text", 2), ("source", 3)):
+        del old[number][name], new[number][name]
+    assert_same(new, old, range(8))
+
+
+def test_a_set_of_some_networks_serves_one_of_more_and_the_other_way_round(finished, weights, data, calls):
+    run(data, weights, what=["image"])
+    run(data, weights, what=["text"])
+    calls.clear()
+    report = run(data, weights)
+    assert calls == ["latents"] * 5 and report["reused"] == 8
+    assert_same(by_id(data, weights, SHARDS), by_id(finished[0], weights, SHARDS), range(8))
+    run(data, weights, what=["image", "latents"])
+    assert calls == ["latents"] * 5
+
+
+def test_other_weights_and_configs_reuse_nothing(weights, earlier, calls, tmp_path):
+    other = write_weights(tmp_path / "other", seed=1)
+    assert run(earlier, other, what=["text", "image"])["reused"] == 0
+    assert calls == ["text"] * 6 + ["image"] * 5
+    calls.clear()
+    assert run(earlier, weights, what=["text"], config=PrecomputeConfig(seed=1))["reused"] == 0
+    assert calls == ["text"] * 6
+    calls.clear()
+    shutil.copy(other / "vae.safetensors", weights := shutil.copytree(weights, tmp_path / "mixed"))
+    assert run(earlier, weights)["reused"] == 8
+    assert calls == ["latents"] * 5
 
 
 # ---------------------------------------------------------------- what is refused

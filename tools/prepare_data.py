@@ -74,6 +74,8 @@ def run(args, beam_flags):
         print(f"  {name}: {count}")
     for reason, count in report["dropped"].items():
         print(f"  dropped, {reason}: {count}")
+    if report.get("reused"):
+        print(f"  {report['reused']} clips with results taken over from other sets")
     for name in ("table", "contact_sheet", "encoded"):
         if name in report:
             print(report[name])
