@@ -9,7 +9,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,22 +18,20 @@ import psutil
 from animecolor_jax.errors import InputError
 from data_pipeline.storage import is_remote
 
-LOCAL_RUNNER = ("--runner=DirectRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=0")
 IN_MEMORY = "--direct_running_mode=in_memory"  # everything in this process
 
-_pool = None
+_pools = threading.local()  # one a thread, because a crash breaks all that waits in a pool
 
 
 def run_guarded(task, function, lost, job):
     """`function(task, job)` in another process; `lost(task, job)` if that process dies."""
-    global _pool
-    if _pool is None:
+    if getattr(_pools, "pool", None) is None:
         context = multiprocessing.get_context("spawn")
-        _pool = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
+        _pools.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
     try:
-        _pool.submit(function, task, job).result()
+        _pools.pool.submit(function, task, job).result()
     except BrokenProcessPool:
-        _pool = None
+        _pools.pool = None
         lost(task, job)
 
 
@@ -99,8 +96,7 @@ def run_on_beam(function, lost, tasks, job, flags, count_done, label, progress, 
     """
     if not tasks:
         return
-    if not any(flag.startswith("--runner") for flag in flags):
-        flags = (*LOCAL_RUNNER, *flags)
+    flags = _with_defaults(flags)
     beam = import_beam()
     quiet = logging.getLogger("apache_beam")
     level = quiet.level
@@ -112,13 +108,14 @@ def run_on_beam(function, lost, tasks, job, flags, count_done, label, progress, 
     else:
         step = beam.Map(run_guarded, function, lost, job)
     interval = 15 if is_remote(job.out) else 2  # listing 100,000 files takes a while
-    try:
-        with (
-            _watching_workers(label),
-            _polling(count_done, total or len(tasks), interval, label, progress),
-            beam.Pipeline(options=options) as pipeline,
-        ):
+
+    def run():
+        with beam.Pipeline(options=options) as pipeline:
             _ = pipeline | beam.Create(tasks) | beam.Reshuffle() | step
+
+    try:
+        with _polling(count_done, total or len(tasks), interval, label, progress):
+            _run_watched(run, label)
     except RuntimeError as error:  # Beam's, around whatever happened in a worker
         reason = str(error).strip().splitlines()[-1]
         raise OSError(f"{label} stopped: {reason}; what was finished is kept") from error
@@ -126,29 +123,53 @@ def run_on_beam(function, lost, tasks, job, flags, count_done, label, progress, 
         quiet.setLevel(level)
 
 
-@contextlib.contextmanager
-def _watching_workers(label):
-    """Turns the death of a direct runner's worker into an OSError; ends the workers on any exception."""
-    earlier, caller, died = threading.excepthook, threading.get_ident(), []
+def _with_defaults(flags):
+    """Beam's flags; for the direct runner with a process for each core that this one may use."""
+    text = " ".join(flags)
+    if "--runner" in text and "DirectRunner" not in text:
+        return tuple(flags)
+    defaults = {
+        "--runner": "DirectRunner",
+        "--direct_running_mode": "multi_processing",
+        "--direct_num_workers": len(os.sched_getaffinity(0)),
+    }
+    return (*(f"{name}={value}" for name, value in defaults.items() if name not in text), *flags)
+
+
+def _run_watched(run, label):
+    """`run()` in a thread of its own, which is left alone when a worker of the direct runner dies: OSError.
+
+    Its workers are ended on any exception, Ctrl-C included.
+    """
+    earlier, died, failed = threading.excepthook, [], []
 
     def hook(thread):
-        code = str(thread.exc_value).rpartition(" ")[2]
-        if thread.thread.name != "run_worker":
-            earlier(thread)
-        elif code not in ("-2", "130"):  # not Ctrl-C, which reaches the caller anyway
+        if thread.thread.name == "run_worker":  # Beam's, one for each worker process
             died.append(thread.exc_value)
-            signal.pthread_kill(caller, signal.SIGINT)
+        else:
+            earlier(thread)
 
+    def work():
+        try:
+            run()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name=label, daemon=True)
     threading.excepthook = hook
     try:
-        yield
-    except BaseException as error:
+        thread.start()
+        while thread.is_alive() and not died:
+            thread.join(0.2)
+        if failed:
+            raise failed[0]
+        if thread.is_alive():
+            raise OSError(f"{label} stopped: a worker died ({died[0]}); what was finished is kept")
+    except BaseException:
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if "sdk_worker_main" in " ".join(process.cmdline()):
                     process.kill()  # or the interpreter would wait for it when it exits
-        if died and isinstance(error, KeyboardInterrupt):
-            raise OSError(f"{label} stopped: a worker died ({died[0]}); what was finished is kept") from error
         raise
     finally:
         threading.excepthook = earlier

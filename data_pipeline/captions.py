@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from animecolor_jax.errors import InputError
+from animecolor_jax.media import IMAGE_SUFFIXES
 from data_pipeline.local_models import import_torch, load_model, load_processor, read_config
 from data_pipeline.storage import Storage
 
@@ -94,7 +96,7 @@ def read_captions(source, videos_dir, videos):
             several videos, or a video has two captions for the same frames.
     """
     matcher = _Matcher(videos)
-    rows = _read_folder(Storage(videos_dir)) if source is None else _read_source(source)
+    rows = _read_folder(Storage(videos_dir), matcher) if source is None else _read_source(source, matcher)
     found, unmatched = {}, []
     for where, key, span in rows:
         video = matcher.find(key, where)
@@ -113,11 +115,16 @@ def read_captions(source, videos_dir, videos):
     return CaptionTable(spans, tuple(unmatched), tuple(video for video in videos if video not in found))
 
 
+def _parts(path):
+    """Parts of a path, in the composed form of Unicode: some systems store names decomposed."""
+    return PurePosixPath(unicodedata.normalize("NFC", path)).parts
+
+
 class _Matcher:
     """Finds the video that a key of the user's means."""
 
     def __init__(self, videos):
-        self.videos = {PurePosixPath(video).parts: video for video in videos}
+        self.videos = {_parts(video): video for video in videos}
         self.suffixes = {PurePosixPath(video).suffix for video in videos} - {""}
         self.by_last, self.exact = {}, {}
         for parts, video in self.videos.items():
@@ -131,7 +138,7 @@ class _Matcher:
         return (*parts[:-1], parts[-1].removesuffix(suffix)) if suffix in self.suffixes else parts
 
     def find(self, key, where):
-        parts = tuple(part for part in PurePosixPath(key.replace("\\", "/")).parts if part not in ("/", "."))
+        parts = tuple(part for part in _parts(key.replace("\\", "/")) if part not in ("/", "."))
         if not parts:
             raise InputError("names no video", where=where, expected="the video's path or name")
         if parts in self.videos:
@@ -141,12 +148,15 @@ class _Matcher:
             lasts = {parts[-1], self._bare(parts)[-1]}
             candidates = {video for last in lasts for video in self.by_last.get(last, ())}
             matches = [self.videos[video] for video in candidates if self._agree(parts, video)]
+        if len(matches) > 1:  # a thumbnail beside its video
+            moving = [video for video in matches if PurePosixPath(video).suffix.lower() not in IMAGE_SUFFIXES]
+            matches = moving if len(moving) == 1 else matches
         if len(matches) > 1:
             raise InputError(
                 f"{key!r} could be {', '.join(sorted(matches)[:4])}",
                 where=where,
                 expected="a path that fits one video",
-                fix="name the video by its path below the folder of videos",
+                fix="name the video by its path with its suffix (a text file: walk.mp4.txt)",
             )
         return matches[0] if matches else None
 
@@ -161,12 +171,13 @@ class _Matcher:
 # ---------------------------------------------------------------- files: rows of (where, key, CaptionSpan)
 
 
-def _read_source(source):
+def _read_source(source, matcher):
     folder, _, name = str(source).rstrip("/").rpartition("/")
-    storage, suffix = Storage(folder or "."), PurePosixPath(name).suffix.lower()
+    top = "/" if str(source).startswith("/") else "."
+    storage, suffix = Storage(folder or top), PurePosixPath(name).suffix.lower()
     if suffix not in _READERS:
         whole = Storage(source)
-        rows = _read_folder(whole)
+        rows = _read_folder(whole, matcher)
         if not rows:
             raise InputError(
                 "holds no .txt file" if whole.exists() else "does not exist",
@@ -182,13 +193,15 @@ def _read_source(source):
     return rows
 
 
-def _read_folder(storage):
+def _read_folder(storage, matcher):
+    """Rows of all text files; those that belong to no video are not read, whatever is in them."""
     rows = []
     for name in storage.names(recursive=True):
         if name.lower().endswith(".txt"):
-            where = storage.path(name)
-            text = _squeeze(_decode(storage.read(name), where))
-            rows.append((where, name[: -len(".txt")], CaptionSpan(text)))
+            where, key = storage.path(name), name[: -len(".txt")]
+            known = matcher.find(key, where) is not None
+            text = _squeeze(_decode(storage.read(name), where)) if known else ""
+            rows.append((where, key, CaptionSpan(text)))
     return rows
 
 

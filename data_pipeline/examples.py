@@ -158,13 +158,13 @@ def _require_possible(config, encoded, has_latents):
     """InputError where `config` asks for what precomputed latents, or references, do not have."""
     made, view = encoded.info["config"], config.view
     checks = [
-        ("view.reference", view.reference, view.reference != "outside", "any, or first in the split test")
+        ("view.reference", view.reference, view.reference != "outside", "any, or first in the split test"),
+        ("view.flip", view.flip, view.flip == 0, "0"),  # image features cannot be mirrored either
     ]
     if has_latents:
         sketches = None, SketchMix((extractor(made["sketch"]),))
         checks += [
             ("view.strides", view.strides, view.strides == (made["stride"],), f"only {made['stride']}"),
-            ("view.flip", view.flip, view.flip == 0, "0"),
             ("sketch", config.sketch, config.sketch in sketches, f"only {made['sketch']}, in its own style"),
         ]
     for where, value, good, expected in checks:

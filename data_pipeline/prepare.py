@@ -8,8 +8,10 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
@@ -114,9 +116,12 @@ def prepare(videos, out, config, *, captions=None, models=None, beam_flags=(), p
         if row.kept:
             row.caption = texts.caption(row.source, row.clip.start, row.clip.end)
     models.caption(rows, out, progress)
-    out.write(TABLE, _table(rows))
+    table = _table(rows)
+    unchanged = out.exists(CONTACT_SHEET) and out.exists(TABLE) and out.read(TABLE) == table
+    out.write(TABLE, table)
     total = _pack(rows, out, config, progress)
-    _draw(rows, videos, out)
+    if not unchanged:
+        _draw(rows, videos, out)
     report = summary(rows)
     paths = {"table": out.path(TABLE), "contact_sheet": out.path(CONTACT_SHEET)}
     return {**report, "bytes": total, **texts.report(), **paths}
@@ -126,17 +131,36 @@ def _sources(videos, out):
     """Names of all files that must be accounted for."""
     if not is_remote(videos.root) and not videos.exists():
         raise InputError("does not exist", where=videos, expected="a folder of videos")
-    if f"{out}/".startswith(f"{videos}/"):
+    if f"{_real(out)}/".startswith(f"{_real(videos)}/"):
         raise InputError(
             "lies inside the folder of videos",
             where=out,
             expected="a folder of its own",
             fix="choose another --out",
         )
+    if out.exists(records.CLIPS) and not (out.exists("work") or out.exists(records.CLOSING)):
+        raise InputError(
+            f"holds {records.CLIPS!r}, which is not of a dataset",
+            where=out,
+            expected="a dataset of ours, or a folder without that name in it",
+            fix="choose another --out",
+        )
     names = [name for name in videos.names(recursive=True) if not name.lower().endswith(SIDECARS)]
+    for name in names:
+        if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise InputError(
+                f"the name {ascii(name)} is not UTF-8",
+                where=videos,
+                expected="names of files and folders in UTF-8",
+                fix="rename them, for instance with: convmv -f cp932 -t utf8 -r --notest FOLDER",
+            )
     if not names:
         raise InputError("holds no videos", where=videos, expected="a folder with videos or images in it")
     return names
+
+
+def _real(storage):
+    return storage.root if is_remote(storage.root) else os.path.realpath(storage.root)
 
 
 def _check_writable(out):
@@ -204,9 +228,8 @@ def _curate(videos, out, names, config, beam_flags, progress):
 def _choose(rows, config):
     """Decides about every clip, by its own scores and then by its twins; gives the kept ones a bucket."""
     read = [row for row in rows if row.clip is not None]
-    clips = mark_duplicates([decide(row.clip, config.curation) for row in read], config.curation)
-    first = {}
-    for row, clip in zip(read, clips, strict=True):
+    for row in read:
+        clip = decide(row.clip, config.curation)
         height, width = clip.crop[2:]
         if clip.is_image:
             row.bucket = config.buckets.image_bucket(height, width)
@@ -215,6 +238,9 @@ def _choose(rows, config):
             if row.bucket is None and clip.kept:  # the buckets ask for more frames than the curation
                 why = f"{clip.num_frames} frames, the smallest bucket has {config.buckets.frame_counts[0]}"
                 clip = dataclasses.replace(clip, reasons=("short",), details={"short": why})
+        row.clip = clip
+    first = {}
+    for row, clip in zip(read, mark_duplicates([row.clip for row in read], config.curation), strict=True):
         row.clip = clip
         if row.kept:
             row.identity = stages.clip_id(row.sha256, clip, row.bucket, config.encoding)
@@ -404,5 +430,8 @@ def _middle_frame(row, videos, out):
     if row.kept:
         data = out.read(stages.clip_name(row.identity, row.bucket))
         return clip_video.decode(data, [middle - row.clip.start])[0]
-    with videos.local(row.source) as path, open_video(path) as stream:
-        return next(frame for index, frame in enumerate(stream.frames) if index == middle)
+    try:
+        with videos.local(row.source) as path, open_video(path) as stream:
+            return next(frame for index, frame in enumerate(stream.frames) if index == middle)
+    except (InputError, OSError, StopIteration):  # the source went away meanwhile: a grey picture
+        return np.full((*row.clip.crop[2:], 3), 160, np.uint8)

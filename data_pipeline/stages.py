@@ -51,7 +51,11 @@ class Cut(NamedTuple):
 def source_key(videos, name, config):
     """Name of a source's result: a hash of the file's name, size and time, and of how it is measured."""
     measuring = [getattr(config, field) for field in MEASURING]
-    text = json.dumps([MEASURE_VERSION, name, videos.stamp(name), measuring])
+    try:
+        stamp = videos.stamp(name)
+    except OSError:  # gone, or a link to nowhere: its worker will say so
+        stamp = "missing"
+    text = json.dumps([MEASURE_VERSION, name, stamp, measuring])
     return f"{SOURCES}/{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 

@@ -126,13 +126,13 @@ class Storage:
 
     def _local_names(self, folder, recursive):
         base = Path(self.root)
+        start = base / folder
         if recursive:
-            walked = os.walk(base / folder, followlinks=True)
-            paths = (Path(parent) / name for parent, _, files in walked for name in files)
+            paths = _walk(start) if start.is_dir() else ()
         else:
-            start = base / folder
-            paths = (path for path in start.iterdir() if path.is_file()) if start.is_dir() else ()
-        return [path.relative_to(base).as_posix() for path in paths]
+            paths = start.iterdir() if start.is_dir() else ()
+        # A link to nowhere is listed, so that somebody says what became of it; pipes and sockets are not.
+        return [path.relative_to(base).as_posix() for path in paths if path.is_file() or not path.exists()]
 
     def remove(self, name=""):
         """Deletes the file or the whole folder; nothing happens if it is missing."""
@@ -184,9 +184,26 @@ class Storage:
         return Path(copy.root)
 
 
+def _walk(start):
+    """All files below a folder, links followed, each folder once; OSError for one that cannot be read."""
+
+    def stop(error):
+        raise error
+
+    seen = set()
+    for parent, folders, files in os.walk(start, followlinks=True, onerror=stop):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield from (Path(parent, name) for name in files)
+
+
 def _filesystem(root):
     try:
-        return fsspec.core.url_to_fs(root)[0]
+        # No cache of listings: other processes and computers write, too.
+        return fsspec.core.url_to_fs(root, use_listings_cache=False)[0]
     except (ImportError, ValueError) as error:
         raise InputError(
             f"cannot be reached: {error}",

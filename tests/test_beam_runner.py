@@ -1,5 +1,6 @@
 """What happens to a run on all cores when something dies."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -23,11 +24,12 @@ def run(function, out, monkeypatch):
 
 
 def workers():
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "sdk_worker_main" in " ".join(process.cmdline())
-    ]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "sdk_worker_main" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_a_crash_loses_its_own_task_only(tmp_path, monkeypatch):

@@ -292,7 +292,8 @@ def test_precomputed_evaluation_refers_to_the_first_frame(encoded):
 
 def test_precomputed_image_features_are_those_of_the_reference_pixels(tmp_path):
     clips, encoded = write_clips(tmp_path, VIDEOS), write_encoded(tmp_path, ("image",), VIDEOS)
-    for batch in take(training_batches(clips, CONFIG, encoded=encoded), 6):
+    config = replace(CONFIG, view=replace(CONFIG.view, flip=0))
+    for batch in take(training_batches(clips, config, encoded=encoded), 6):
         chosen = batch["image_features"][:, :, 0, 0].astype(int)
         assert np.array_equal(batch["reference_numbers"], np.array(CANDIDATE_FRAMES)[chosen])
         assert np.array_equal(frame_numbers(batch["reference"]), batch["reference_numbers"])
@@ -313,6 +314,13 @@ def test_what_latents_cannot_follow_is_refused(encoded, where, change):
     with pytest.raises(InputError) as error:
         training_batches(encoded[0], config, encoded=encoded[1])
     assert error.value.where == where
+
+
+def test_image_features_of_an_unmirrored_reference_refuse_mirrored_clips(tmp_path):
+    counts = {WIDE: {"train": 4, "test": 0}}
+    clips, encoded = write_clips(tmp_path, counts), write_encoded(tmp_path, ("image",), counts)
+    with pytest.raises(InputError, match="view.flip"):
+        training_batches(clips, DataConfig(batch_size=4, view=ViewConfig(flip=0.5)), encoded=encoded)
 
 
 def test_a_precomputed_reference_that_is_not_the_first_frame_is_refused(encoded):

@@ -267,12 +267,46 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_there(videos, tmp_path, mon
     assert run(folder, tmp_path / "out")["clips"] == 1
 
 
+def test_strange_names_and_links_are_accounted_for(videos, tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    data = (videos / "wide.mp4").read_bytes()
+    (folder / "-- #1 100% \u30ac\u30f3\u30c0\u30e0.mp4").write_bytes(data)
+    (folder / "-- #1 100% \u30ac\u30f3\u30c0\u30e0.jpg").write_bytes(b"no picture")
+    (folder / "-- #1 100% \u30ab\u3099\u30f3\u30bf\u3099\u30e0.txt").write_text("a caption")  # decomposed
+    (folder / "readme.txt").write_bytes(b"caf\xe9")
+    (folder / "lost.mp4").symlink_to(tmp_path / "nowhere")
+    (folder / "up").symlink_to(folder)
+    report = run(folder, tmp_path / "out")
+    assert report["clips"] == 1 and report["dropped"] == {"unreadable": 1, "failed": 1}
+    assert {record["caption"] for record in contents(tmp_path / "out").values()} == {b"a caption"}
+    assert "lost.mp4" in {source for source, _ in table_of(tmp_path / "out")}
+    (folder / os.fsdecode(b"\x83K\x83\x93.mp4")).write_bytes(data)
+    with pytest.raises(InputError, match="is not UTF-8"):
+        run(folder, tmp_path / "out")
+
+
+def test_a_clip_too_short_for_the_buckets_drops_no_longer_twin(videos, tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    clip = draw_clip(30, 96, 160, seed=1).color
+    write_video(folder / "a.mp4", clip[:12], 24)
+    write_video(folder / "b.mp4", np.stack([cv2.resize(frame, (156, 94)) for frame in clip]), 24)
+    buckets = dataclasses.replace(CONFIG.buckets, frame_counts=(17, 25))
+    report = run(folder, tmp_path / "out", dataclasses.replace(CONFIG, buckets=buckets))
+    assert report["clips"] == 1 and report["dropped"] == {"short": 1}
+
+
 def test_impossible_requests_are_refused_before_any_work(videos, tmp_path):
     (tmp_path / "none").mkdir()
+    (tmp_path / "link").symlink_to(videos)
+    (tmp_path / "other" / "animecolor").mkdir(parents=True)
     for folder, out, said in (
         (tmp_path / "nowhere", tmp_path / "out", "does not exist"),
         (tmp_path / "none", tmp_path / "out", "holds no videos"),
         (videos, videos / "set", "lies inside the folder of videos"),
+        (videos, tmp_path / "none" / ".." / "link" / "set", "lies inside the folder of videos"),
+        (videos, tmp_path / "other", "not of a dataset"),
     ):
         with pytest.raises(InputError, match=said):
             run(folder, out)

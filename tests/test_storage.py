@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from animecolor_jax.errors import InputError
-from data_pipeline.storage import CACHE_VARIABLE, Storage
+from data_pipeline.storage import CACHE_VARIABLE, Storage, _filesystem
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -95,3 +95,19 @@ def test_threads_and_processes_get_the_same_store(storage):
 
     storage.write("a", np.arange(3, dtype=np.uint8).tobytes())
     assert pickle.loads(pickle.dumps(storage)).read("a") == b"\0\1\2"
+
+
+def test_links_in_a_circle_are_followed_once_and_links_to_nowhere_are_listed(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "clip.mp4").write_bytes(b"x")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    (tmp_path / "lost.mp4").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert Storage(tmp_path).names(recursive=True) == ["a/clip.mp4", "lost.mp4"]
+
+
+def test_what_another_process_writes_is_seen(tmp_path):
+    """fsspec's cache of listings would hide it, and never expires."""
+    storage = Storage(f"memory://{tmp_path.name}/folder")
+    assert _filesystem(storage.root).storage_options["use_listings_cache"] is False

@@ -7,8 +7,11 @@ The same command goes on where it was stopped. Flags of Apache Beam, such as --r
 handed on.
 """
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
 
 from animecolor_jax import cli
 from animecolor_jax.encoded_records import PrecomputeConfig
@@ -76,6 +79,11 @@ def run(args, beam_flags):
         print(f"  dropped, {reason}: {count}")
     if report.get("reused"):
         print(f"  {report['reused']} clips with results taken over from other sets")
+    if "captioned" in report:
+        print(
+            f"  videos with a caption: {report['captioned']}, without: {report['without_caption']}; "
+            f"captions without a video: {report['unmatched_captions']}"
+        )
     for name in ("table", "contact_sheet", "encoded"):
         if name in report:
             print(report[name])
@@ -90,6 +98,7 @@ def prepare(args, beam_flags):
     config = PrepareConfig(args.curation, args.buckets, args.encoding, **settings)
     models = load_models(args.text_detector, args.aesthetic, args.captioner)
     options = {"captions": args.captions, "models": models, "beam_flags": beam_flags}
+    options["progress"] = functools.partial(tqdm, disable=None)  # bars on a terminal only
     return prepare(args.videos, args.out, config, **options)
 
 
