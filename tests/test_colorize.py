@@ -599,6 +599,8 @@ def test_ctrl_c_during_denoising_leaves_nothing(environment, tmp_path):
     process = subprocess.Popen(
         [sys.executable, TOOL, "--demo", "--json", "--steps", "1000"], cwd=tmp_path, env=environment,
         stdout=subprocess.PIPE, stderr=stderr, text=True,
+        # a test run in the background of a script ignores Ctrl-C, and would hand that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(stderr)
     watchdog = threading.Timer(600, process.kill)
