@@ -22,6 +22,7 @@ from animecolor_jax.media_writing import write_video
 from animecolor_jax.sketch import xdog
 from data_pipeline import clip_video, records
 from data_pipeline.dataset import DataConfig, LoadConfig, training_batches
+from data_pipeline.examples import EMPTY_TEXT
 from data_pipeline.shapes import Bucket
 from data_pipeline.sketch import XDoG
 from data_pipeline.storage import Storage
@@ -87,9 +88,8 @@ def write_encoded(root, bucket, compress=False):
         examples.append(serialize({**_texts(index, bucket), "weights": "{}", **arrays}))
     storage = Storage(root)
     _write(storage, records.ENCODED, bucket, serialize.features, examples, compress)
-    text = next(shape for name, (shape, _) in specs.items() if name == "text")
-    with storage.writing("empty_text.npy") as path, path.open("wb") as file:
-        np.save(file, np.zeros(text, np.uint16))
+    with storage.writing(EMPTY_TEXT) as path, path.open("wb") as file:
+        np.save(file, np.zeros(specs["text"][0], np.uint16))
     settings = {"sketch": config.sketch, "stride": config.stride}
     info = {"digest": "benchmark", "clips": "benchmark", "weights": {}, "config": settings}
     records.close(storage, records.ENCODED_CLOSING, {**info, "buckets": _counts(bucket)})
