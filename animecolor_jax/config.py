@@ -13,6 +13,11 @@ from animecolor_jax.errors import InputError
 FORMAT_VERSION = 1
 
 
+def runtime(default):
+    """A field that says how a network is run, not what it is: it is not stored with the weights."""
+    return dataclasses.field(default=default, metadata={"stored": False})
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """The 3D diffusion transformer: denoiser and LCG alike. Source: CogVideoX (arXiv:2408.06072)."""
@@ -37,6 +42,9 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     dtype: str = "float32"
     attention: str = "auto"
+    remat: str = runtime("none")  # what the backward pass computes again, see models.layers.remat
+    lora_rank: int = runtime(0)  # of low-rank adapters in the attention; 0 for none
+    lora_alpha: float = runtime(0.0)  # adapters are scaled by alpha / rank; 0 for alpha = rank
 
     @property
     def dim(self):
@@ -168,8 +176,13 @@ COMPONENTS = tuple(name for name in CONFIG_CLASSES if name != "scheduler")
 
 
 def config_to_dict(config):
-    """Any of the configs above as a JSON-ready dict."""
-    return dataclasses.asdict(config)
+    """Any of the configs above as a JSON-ready dict, without runtime fields."""
+    values = dataclasses.asdict(config)
+    return {field.name: values[field.name] for field in _stored(config)}
+
+
+def _stored(cls):
+    return [field for field in dataclasses.fields(cls) if field.metadata.get("stored", True)]
 
 
 def config_from_dict(cls, values, where):
@@ -178,7 +191,7 @@ def config_from_dict(cls, values, where):
     Raises:
         InputError: a field is unknown or missing from `values`, or has another type.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in _stored(cls)}
     unknown, missing = sorted(set(values) - set(fields)), sorted(set(fields) - set(values))
     if unknown or missing:
         raise InputError(

@@ -43,12 +43,12 @@ def _filled(value):
 # initialisers of a VAE
 # takes a minute on a small computer, drawing its numbers a moment.
 INITIAL = [
-    (r"cross_attn/out/kernel", _filled(0)),  # a fresh HCE changes nothing until it is trained
+    (r"cross_attn/out/kernel|.*/lora_b", _filled(0)),  # a fresh HCE changes nothing until it is trained
     (r".*/scale|input_conditioner/std", _filled(1)),
     (r".*/bias|input_conditioner/mean", _filled(0)),
     (r"summary_indices", lambda rng, shape, _: np.arange(*shape, dtype=np.int32)),
     (r".*embedding|.*latents|prefix_tokens|position_table", _normal(0.02)),
-    (r".*/(kernel|proj_out)", _by_fan_in),
+    (r".*/(kernel|proj_out|lora_a)", _by_fan_in),
 ]
 
 
@@ -63,9 +63,12 @@ def abstract(component, config):
     return params.abstract(creator(component, config))[1]
 
 
-def initial_leaves(component, config, seed):
-    """Yields (name, float32 array) of a newly initialised network, one leaf at a time."""
+def initial_leaves(component, config, seed, only=".*"):
+    """Yields (name, float32 array) of a newly initialised network, one leaf at a time: those whose names
+    match the regex `only`."""
     for number, (name, leaf) in enumerate(sorted(abstract(component, config).items())):
+        if not re.fullmatch(only, name):
+            continue
         draw = next(draw for pattern, draw in INITIAL if re.fullmatch(pattern, name))
         rng = np.random.default_rng([seed, number])
         yield name, draw(rng, leaf.shape, re.fullmatch(STACKED, name) is not None)

@@ -3,6 +3,8 @@
 Names join the keys of the nested dict with slashes: `blocks/attn/q/kernel`.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
@@ -18,6 +20,23 @@ def flatten(tree):
 def unflatten(flat):
     """{name: leaf} -> nested dict."""
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def first_match(rules, name, where="rules"):
+    """The value of the first of `rules`, (regex, value) pairs, that matches all of `name`.
+
+    Raises:
+        InputError: no rule does.
+    """
+    for pattern, value in rules:
+        if re.fullmatch(pattern, name):
+            return value
+    raise InputError(
+        f"no rule matches {name!r}",
+        where=where,
+        expected="a rule for every name",
+        fix="end the rules with one for '.*'",
+    )
 
 
 def abstract(create):

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from animecolor_jax.models.chunked_attention import SAVED
+
 
 class Buffer(nnx.Variable):
     """An array that belongs to a checkpoint but is never trained (RADIO's input statistics)."""
@@ -19,8 +21,44 @@ def unstack(stacked, index):
     return jax.tree.map(lambda x: x[index], stacked)
 
 
-def linear(in_dim, out_dim, *, dtype, rngs, bias=True):
-    """Linear layer computing in `dtype`."""
+class LoraLinear(nnx.Linear):
+    """Linear layer with a low-rank adapter beside it: y = W x + b + alpha / rank (x A) B.
+
+    The adapter is a path of its own: added to a kernel in bfloat16 it would be rounded away.
+    Source: LoRA (arXiv:2106.09685) section 4.1.
+    """
+
+    def __init__(self, in_dim, out_dim, *, rank, alpha, rngs, **kwargs):
+        super().__init__(in_dim, out_dim, rngs=rngs, **kwargs)
+        self.scale = (alpha or rank) / rank
+        self.lora_a = nnx.Param(jax.random.normal(rngs.params(), (in_dim, rank)) * in_dim**-0.5)
+        self.lora_b = nnx.Param(jnp.zeros((rank, out_dim)))
+
+    def __call__(self, x):
+        down, up = self.lora_a[...].astype(self.dtype), self.lora_b[...].astype(self.dtype)
+        return super().__call__(x) + (x @ down) @ up * self.scale
+
+
+def remat(body, policy):
+    """`body` of a scan, of whose values the backward pass keeps what `policy` says and computes the rest
+    again.
+
+    Args:
+        policy: "none" keeps all; "attention" what came into the body and the results of attention; "block"
+            only what came in.
+    """
+    if policy == "none":
+        return body
+    names = {"attention": [SAVED], "block": []}[policy]
+    saved = jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint(body, policy=saved, prevent_cse=False)
+
+
+def linear(in_dim, out_dim, *, dtype, rngs, bias=True, rank=0, alpha=0.0):
+    """Linear layer computing in `dtype`; with a `rank`, one with an adapter."""
+    if rank:
+        kwargs = {"use_bias": bias, "dtype": jnp.dtype(dtype), "rngs": rngs}
+        return LoraLinear(in_dim, out_dim, rank=rank, alpha=alpha, **kwargs)
     return nnx.Linear(in_dim, out_dim, use_bias=bias, dtype=jnp.dtype(dtype), rngs=rngs)
 
 

@@ -18,8 +18,9 @@ from einops import rearrange
 from flax import nnx
 
 from animecolor_jax.models import positions
-from animecolor_jax.models.attention import attention
-from animecolor_jax.models.layers import gelu, layer_norm, linear, silu, stack, unstack
+from animecolor_jax.models.attention import joint_attention
+from animecolor_jax.models.layers import gelu, layer_norm, linear, remat, silu, stack
+from animecolor_jax.sharding import constrain, shares_tokens
 
 
 class KeyValue(NamedTuple):
@@ -88,16 +89,30 @@ def rotate(x, rope):
     return (x32 * cos + turned * sin).astype(x.dtype)
 
 
+def of_both(function, text, video):
+    """A function of tokens, any tree of [B, S, ...], for text and for video.
+
+    It is called once, of all tokens. Where the mesh shares them out, it is called for each: joined, most
+    tokens would have to move to another device.
+    """
+    if shares_tokens():
+        return function(text), function(video)
+    leaves, structure = jax.tree.flatten(function(jnp.concatenate([text, video], axis=1)))
+    halves = zip(*(jnp.split(leaf, [text.shape[1]], axis=1) for leaf in leaves), strict=True)
+    return tuple(map(structure.unflatten, halves))
+
+
 class JointAttention(nnx.Module):
     """Attention over text, bank and video tokens; q and k are normalised per head."""
 
     def __init__(self, config, *, rngs):
         self.config = config
         dim, bias = config.dim, config.attention_bias
-        self.q = linear(dim, dim, bias=bias, dtype=config.dtype, rngs=rngs)
-        self.k = linear(dim, dim, bias=bias, dtype=config.dtype, rngs=rngs)
-        self.v = linear(dim, dim, bias=bias, dtype=config.dtype, rngs=rngs)
-        self.out = linear(dim, dim, dtype=config.dtype, rngs=rngs)
+        adapter = {"rank": config.lora_rank, "alpha": config.lora_alpha}
+        self.q = linear(dim, dim, bias=bias, dtype=config.dtype, rngs=rngs, **adapter)
+        self.k = linear(dim, dim, bias=bias, dtype=config.dtype, rngs=rngs, **adapter)
+        self.v = linear(dim, dim, bias=bias, dtype=config.dtype, rngs=rngs, **adapter)
+        self.out = linear(dim, dim, dtype=config.dtype, rngs=rngs, **adapter)
         self.q_norm = layer_norm(config.head_dim, eps=1e-6, dtype=config.dtype, rngs=rngs)
         self.k_norm = layer_norm(config.head_dim, eps=1e-6, dtype=config.dtype, rngs=rngs)
 
@@ -108,21 +123,26 @@ class JointAttention(nnx.Module):
         """[B, R, D] -> keys and values [B, R, N, H], without positions."""
         return KeyValue(self.k_norm(self.heads(self.k(tokens))), self.heads(self.v(tokens)))
 
+    def project(self, tokens):
+        """[B, S, D] -> queries [B, S, N, H], and their `KeyValue`."""
+        return self.q_norm(self.heads(self.q(tokens))), self.key_value(tokens)
+
+    def merge(self, attended):  # [B, S, N, H] -> [B, S, D]
+        return self.out(rearrange(attended, "b s n h -> b s (n h)"))
+
     def __call__(self, text, video, bank, rope):
         """[B, L, D], [B, S, D], KeyValue [B, R, N, H] or None -> attended ([B, L, D], [B, S, D])."""
-        length = text.shape[1]
-        tokens = jnp.concatenate([text, video], axis=1)
-        q, (k, v) = self.q_norm(self.heads(self.q(tokens))), self.key_value(tokens)
+        (text_q, text_kv), (q, kv) = of_both(self.project, text, video)
         if rope is not None:  # video tokens only
-            q = jnp.concatenate([q[:, :length], rotate(q[:, length:], rope)], axis=1)
-            k = jnp.concatenate([k[:, :length], rotate(k[:, length:], rope)], axis=1)
+            q, kv = rotate(q, rope), kv._replace(k=rotate(kv.k, rope))
+        sources = [text_kv, kv]
         if bank is not None:
             # both guidance branches, and every clip of the batch, may share one bank
-            bank = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(k), *x.shape[1:])), bank)
-            k, v = jnp.concatenate([bank.k, k], axis=1), jnp.concatenate([bank.v, v], axis=1)
-        out = attention(q, k, v, self.config.attention)
-        out = self.out(rearrange(out, "b s n h -> b s (n h)"))
-        return out[:, :length], out[:, length:]
+            bank = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(q), *x.shape[1:])), bank)
+            sources = [bank, *sources]
+        keys, values = zip(*sources, strict=True)
+        attended = joint_attention([text_q, q], list(keys), list(values), self.config.attention)
+        return of_both(self.merge, *attended)
 
 
 class Modulation(nnx.Module):
@@ -167,10 +187,9 @@ class Block(nnx.Module):
         attended_text, attended = self.attn(normed_text, normed, bank, rope)
         text, video = text + text_gate * attended_text, video + gate * attended
 
-        length = text.shape[1]
         ff_text, ff_video, text_gate, gate = self.norm2(text, video, temb)
-        out = self.ff(jnp.concatenate([ff_text, ff_video], axis=1))
-        return text + text_gate * out[:, :length], video + gate * out[:, length:], normed
+        ff_text, ff_video = of_both(self.ff, ff_text, ff_video)
+        return text + text_gate * ff_text, video + gate * ff_video, normed
 
 
 class Transformer(nnx.Module):
@@ -268,9 +287,11 @@ class Transformer(nnx.Module):
         temb = self.time_embed(jnp.zeros(len(latents), jnp.int32))
 
         def body(tokens, block):
-            text, video, normed = block(*tokens, temb)
+            text, video = (constrain(x, "context") for x in tokens)
+            text, video, normed = block(text, video, temb)
             return (text, video), normed
 
+        body = remat(body, self.config.remat)
         return jax.lax.scan(body, self.embed(latents, text), self.blocks)[1]
 
     def project_bank(self, bank):
@@ -284,7 +305,9 @@ class Transformer(nnx.Module):
             latents: [B, T, H, W, in_channels] noisy latents, then the sketch's, on the channel axis.
             text: [B, L, text_dim].
             timestep: [B].
-            bank: KeyValue [depth, 1 or B, R, N, H] from `project_bank`, or None.
+            bank: KeyValue [depth, 1 or B, R, N, H] from `project_bank`; or [depth, B, R, D] from
+                `write_bank`, which every block projects itself, for training, where nothing is reused; or
+                None.
             cross: a `hce.CrossConditions`, or None.
             rope: (cos, sin) [S, head size] for the rotary variant, else None.
 
@@ -297,20 +320,24 @@ class Transformer(nnx.Module):
         def group(x):  # [depth, ...] -> [groups, interval, ...]
             return x.reshape(-1, interval, *x.shape[1:])
 
-        def body(tokens, xs):
-            blocks, bank, cross_layer = xs
-            for i in range(interval):
-                block, block_bank = unstack((blocks, bank), i)
-                text, video, _ = block(*tokens, temb, block_bank, rope)
-                if cross_layer is not None and i == 0:
-                    video = cross.add(video, *cross_layer)
-                # blocks end alike whether they share a scan body or not: without this, XLA skips the
-                # rounding to
-                # bfloat16 between two of them, and a fresh HCE would change the last bits
-                tokens = jax.lax.optimization_barrier((text, video))
-            return tokens, None
+        def group_body(tokens, xs):
+            blocks, cross_layer = xs
+
+            def body(tokens, xs):
+                index, block, bank = xs
+                text, video = (constrain(x, "context") for x in tokens)
+                bank = block.attn.key_value(bank) if isinstance(bank, jax.Array) else bank
+                text, video, _ = block(text, video, temb, bank, rope)
+                if cross_layer is not None:
+                    video = jax.lax.cond(
+                        index == 0, lambda video: cross.add(video, *cross_layer), lambda video: video, video
+                    )
+                return (text, video), None
+
+            body = remat(body, self.config.remat)
+            return jax.lax.scan(body, tokens, (jnp.arange(interval), *blocks))
 
         stacked = jax.tree.map(group, (self.blocks, bank))
         layers = None if cross is None else (cross.layers, cross.key_value)
-        (_, video), _ = jax.lax.scan(body, self.embed(latents, text), (*stacked, layers))
+        (_, video), _ = jax.lax.scan(group_body, self.embed(latents, text), (stacked, layers))
         return self.head(video, temb, latents.shape[1:4])
