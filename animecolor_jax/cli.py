@@ -50,7 +50,10 @@ def _failure(code, error):
 
 def _parse(arguments, argv, hands_on_unknown):
     """`argv` as an instance of `arguments`, and what of it is none; InputError if it does not parse."""
-    args, unknown = _call_tyro(arguments, argv, hands_on_unknown)
+    if hands_on_unknown:
+        args, unknown = _call_tyro(arguments, argv, return_unknown_args=True)
+    else:
+        args, unknown = _call_tyro(arguments, argv), []
     flags = [text.partition("=")[0].replace("_", "-") for text in argv if text.startswith("--")]
     for flag in flags:
         if flags.count(flag) > 1 and not any(text.replace("_", "-").startswith(flag) for text in unknown):
@@ -63,13 +66,20 @@ def _parse(arguments, argv, hands_on_unknown):
     return args, unknown
 
 
-def _call_tyro(arguments, argv, hands_on_unknown):
+def parse(cls, argv, default):
+    """`default`, an instance of the dataclass `cls`, with values replaced by flags; InputError if they do not
+    fit.
+
+    Nested fields have dotted names: --optimizer.learning-rate 1e-5.
+    """
+    return _call_tyro(cls, argv, default=default)
+
+
+def _call_tyro(arguments, argv, **options):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            if hands_on_unknown:
-                return tyro.cli(arguments, args=argv, return_unknown_args=True)
-            return tyro.cli(arguments, args=argv), []
+            return tyro.cli(arguments, args=argv, **options)
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise

@@ -104,8 +104,11 @@ class Encoder:
         Raises:
             InputError: a caption is no text, or the tokenizer belongs to another text encoder.
         """
-        ids = pipeline.tokenize(self.weights.config, self.tokenizer, captions)
-        return {"text": self._run(denoise.encode_text, self.text_encoder, ids)}
+        return {"text": self.token_text(pipeline.tokenize(self.weights.config, self.tokenizer, captions))}
+
+    def token_text(self, ids):
+        """Token ids [B, L] int32, of `pipeline.tokenize` -> [B, L, D]."""
+        return self._run(denoise.encode_text, self.text_encoder, ids)
 
     def image(self, references):
         """References [B, K, H, W, 3] uint8 -> {"image_summary": [B, K, S], "image_features": [B, K, N, E]}.
@@ -175,7 +178,7 @@ def component_hash(weights, name):
     tokens that the denoiser reads. Reads all of the file.
 
     Args:
-        weights: `Weights`. name: one of `COMPONENTS`' values.
+        weights: `Weights`. name: "vae", "text_encoder" or "image_encoder".
 
     Raises:
         InputError: the weights lack it.

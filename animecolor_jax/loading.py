@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from animecolor_jax.errors import InputError
-
-BATCH_AXES = ("data", "fsdp")
+from animecolor_jax.sharding import BATCH_AXES
 
 
 def batch_sharding(mesh):
@@ -22,15 +22,17 @@ def batch_sharding(mesh):
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def share_of_host(mesh, batch_size):
-    """(host, hosts) for `data_pipeline.dataset.training_batches`: which share of the rows this process reads.
+def rows_of_host(mesh, batch_size):
+    """The rows of a batch that this process reads, for `data_pipeline.dataset.training_batches`: ascending
+    numbers.
+
+    They need not follow each other: on TPUs a mesh runs along the network's rings, across the hosts.
 
     Args:
         batch_size: rows of a batch of all hosts together.
 
     Raises:
-        InputError: the rows cannot be shared by the devices, or those of this process hold rows that are not
-            one aligned share.
+        InputError: the devices cannot share the rows equally.
     """
     groups = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     if batch_size < 1 or batch_size % groups:
@@ -41,21 +43,7 @@ def share_of_host(mesh, batch_size):
             fix="change batch_size or --mesh",
         )
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return _share([range(batch_size)[index] for (index,) in indices], batch_size)
-
-
-def _share(parts, batch_size):
-    """(host, hosts) of a process whose devices hold the rows of `parts`, ranges."""
-    rows = sorted({row for part in parts for row in part})
-    first, count = min(rows, default=0), len(rows)
-    if not rows or rows != list(range(first, first + count)) or first % count or batch_size % count:
-        raise InputError(
-            f"this process holds rows {rows} of {batch_size}",
-            where="--mesh",
-            expected="an aligned share of the rows for every process",
-            fix="order the devices of the mesh by process, as make_mesh does",
-        )
-    return first // count, batch_size // count
+    return sorted({row for (index,) in indices for row in range(batch_size)[index]})
 
 
 def to_device(batch, sharding, batch_size):
@@ -74,6 +62,13 @@ def to_device(batch, sharding, batch_size):
     }
 
 
+def to_host(x):
+    """An array, of which this process may hold only a part, as a whole NumPy array."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
 class DeviceBatches:
     """Iterator over batches on the devices, read and sent by a thread while the devices compute.
 
@@ -83,7 +78,7 @@ class DeviceBatches:
     def __init__(self, batches, mesh, *, ahead=2):
         """
         Args:
-            batches: `data_pipeline.dataset.Batches`, made with `share_of_host`, and used by nothing else.
+            batches: `data_pipeline.dataset.Batches`, made with `rows_of_host`, and used by nothing else.
             mesh: where to.
             ahead: batches that wait on the devices, besides the one in use; each takes device memory.
         """

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from animecolor_jax import canvas, denoise
 from animecolor_jax.config import CONFIG_CLASSES, AnimeColorConfig
 from animecolor_jax.errors import InputError
+from animecolor_jax.loading import to_host
 from animecolor_jax.models.animecolor import AnimeColor
 from animecolor_jax.models.vae import decode_slices, encode_slices
 from animecolor_jax.sampling import dynamic_guidance_scale, init_state, make_sampler
@@ -302,7 +303,7 @@ class Pipeline:
         video, cache = [], None
         for part in decode_slices(latents.shape[1], self.vae.config):
             chunk, cache = denoise.decode_chunk(self.vae, latents[:, part], cache)
-            video.append(np.asarray(jnp.round(chunk[0] * 255).astype(jnp.uint8)))
+            video.append(to_host(jnp.round(chunk[0] * 255).astype(jnp.uint8)))
             if bar is not None:
                 bar.update()
         return np.concatenate(video)

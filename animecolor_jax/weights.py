@@ -76,6 +76,27 @@ class WeightsWriter:
         self.components["scheduler"] = configs.config_to_dict(config)
         self.provenance["scheduler"] = provenance
 
+    def link(self, name, weights, provenance):
+        """Takes over a component of another weights directory: a link to its file where the file system can,
+        else
+        a copy."""
+        source, path = weights.directory / f"{name}.safetensors", self.path(f"{name}.safetensors")
+        try:
+            os.link(source.resolve(), path)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, path)
+        self.components[name] = configs.config_to_dict(weights.config_of(name))
+        self.provenance[name] = provenance
+
+    def copy_tokenizer(self, weights):
+        """Takes over the tokenizer of another weights directory, if it has one."""
+        if (weights.directory / "tokenizer").is_dir():
+            shutil.copytree(weights.directory / "tokenizer", self.path("tokenizer"))
+
+    def path(self, name):
+        """Where a file of that name is to be written."""
+        return self._temporary / name
+
     @property
     def tokenizer_directory(self):
         """Where the tokenizer's files go, made on first use."""
@@ -193,19 +214,36 @@ class Weights:
         Raises:
             InputError: the component is not there, damaged, or does not fit its config.
         """
-        self.require(name)
-        config = getattr(self.config, name)
+        config = self.config_of(name)
         config = dataclasses.replace(config, dtype=dtype or config.dtype, **overrides)
+        leaves = self.read(name, lambda _: config.dtype, mesh)
+        graphdef, _ = params.abstract(creator(name, config))
+        return nnx.merge(graphdef, params.unflatten(leaves))
+
+    def config_of(self, name):
+        """A component's config; InputError if the directory lacks it."""
+        self.require(name)
+        return getattr(self.config, name)
+
+    def read(self, name, dtype_of, mesh=None):
+        """{name: array} of a component's parameters and buffers.
+
+        Args:
+            dtype_of: function of a name -> dtype that its floating values are cast to.
+            mesh: as of `load`.
+
+        Raises:
+            InputError: as `load`.
+        """
         path = self.directory / f"{name}.safetensors"
+        expected = abstract(name, self.config_of(name))
         with safetensors_io.Reader(path) as reader:
-            expected = abstract(name, config)
             params.conform(reader.specs, expected, what=path)
             leaves = {}
             for key, leaf in reader.specs.items():
-                cast = config.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+                cast = dtype_of(key) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
                 leaves[key] = _place(reader, key, leaf.shape, jnp.dtype(cast), mesh)
-        graphdef, _ = params.abstract(creator(name, config))
-        return nnx.merge(graphdef, params.unflatten(leaves))
+        return leaves
 
 
 def _place(reader, name, shape, dtype, mesh):

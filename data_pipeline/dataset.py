@@ -2,18 +2,18 @@
 
 What workers make are rows, not batches: all of them share in every batch, and shared memory holds a few clips
 instead of a few batches. (Grain itself imports JAX, but nothing here touches a device.)
+
+Grain and TFDS are imported where they are used: `train.config` needs the config alone, also where neither is
+installed.
 """
 
 from dataclasses import dataclass, field
 
-import grain
 import numpy as np
-from absl import flags
 
 from animecolor_jax.errors import InputError
 from data_pipeline.examples import Examples
-from data_pipeline.records import SPLITS, decode_bits
-from data_pipeline.schedule import EvaluationSchedule, TrainingSchedule, host_rows
+from data_pipeline.schedule import EvaluationSchedule, TrainingSchedule
 from data_pipeline.sketch_augment import SketchMix
 from data_pipeline.views import ViewConfig
 
@@ -58,7 +58,7 @@ class DataConfig:
     """Processes and buffers."""
 
 
-def training_batches(clips, config, *, encoded=None, tokenize=None, host=0, hosts=1, start_step=0):
+def training_batches(clips, config, *, encoded=None, tokenize=None, rows=None, start_step=0):
     """The endless batches of training: this host's rows of the global batches of step 0, 1, ...
 
     The global batch of a step is a pure function of the records, the step, and everything in `config` but
@@ -69,19 +69,20 @@ def training_batches(clips, config, *, encoded=None, tokenize=None, host=0, host
         config: DataConfig.
         encoded: `records.open_encoded(path, weights)`; what it holds is not made from the clips.
         tokenize: function of a list of B captions to int32 [B, L]; adds `tokens` to the batches.
-        host, hosts: which share of the rows; `animecolor_jax.loading.share_of_host` says for a mesh.
+        rows: numbers of this host's rows, ascending, as `animecolor_jax.loading.rows_of_host` says for a
+            mesh; all by default.
         start_step: step of the first batch.
 
     Returns:
         `Batches`.
 
     Raises:
-        InputError: no such split, or no clips in it; rows that the hosts cannot share; precomputed
-            records that do not fit. While iterating: a record is damaged.
+        InputError: no such split, or no clips in it; no such rows; precomputed records that do not
+            fit. While iterating: a record is damaged.
     """
     counts = _counts(clips, encoded, config.split)
     schedule = TrainingSchedule(counts, config.batch_size, config.seed, config.image_weight)
-    examples = Examples(clips, encoded, config, schedule, host_rows(config.batch_size, host, hosts))
+    examples = Examples(clips, encoded, config, schedule, _rows(rows, config.batch_size))
     return Batches(examples, tokenize, start_step)
 
 
@@ -95,8 +96,7 @@ def evaluation_batches(
     load=None,
     encoded=None,
     tokenize=None,
-    host=0,
-    hosts=1,
+    rows=None,
 ):
     """Every clip of a split once, bucket after bucket: the window from frame 0, which is the reference.
 
@@ -119,7 +119,7 @@ def evaluation_batches(
         load=LoadConfig() if load is None else load,
     )
     schedule = EvaluationSchedule(_counts(clips, encoded, split), batch_size)
-    examples = Examples(clips, encoded, config, schedule, host_rows(batch_size, host, hosts))
+    examples = Examples(clips, encoded, config, schedule, _rows(rows, batch_size))
     return Batches(examples, tokenize)
 
 
@@ -169,6 +169,10 @@ class Batches:
         """Steps of an evaluation; None of training, which has no end."""
         return self.examples.schedule.num_batches
 
+    def clips_of(self, step):
+        """Which clips the rows of all hosts are at `step`: their positions in the bucket's split, a list."""
+        return self.examples.schedule.batch(step).clips.tolist()
+
     def get_state(self):
         """JSON values from which `set_state` goes on, on any number of hosts and workers."""
         names = "seed", "split", "batch_size", "image_weight"
@@ -200,6 +204,9 @@ class Batches:
             self._rows = None
 
     def _start(self):
+        import grain
+        from absl import flags
+
         load, count = self.examples.config.load, len(self.examples.rows)
         numbers = grain.MapDataset.range(self.step * count, (self.num_batches or ENDLESS) * count)
         if load.workers and not flags.FLAGS.is_parsed():
@@ -210,6 +217,8 @@ class Batches:
         return iter(rows.batch(count, batch_fn=self._collate))
 
     def _collate(self, rows):
+        from data_pipeline.records import decode_bits
+
         batch = {name: [row[name] for row in rows] for name in rows[0]}
         for name, values in batch.items():
             if not isinstance(values[0], str):
@@ -220,8 +229,19 @@ class Batches:
         return batch
 
 
+def _rows(rows, batch_size):
+    rows = tuple(range(batch_size) if rows is None else rows)
+    if not rows or list(rows) != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < batch_size:
+        raise InputError(
+            f"{list(rows)} of {batch_size}", where="rows", expected="ascending, from 0 to batch_size - 1"
+        )
+    return rows
+
+
 def _counts(clips, encoded, split):
     """((Bucket, number of clips), ...) of a split."""
+    from data_pipeline.records import SPLITS
+
     if split not in SPLITS:
         raise InputError(f"{split!r}", where="split", expected=f"one of {', '.join(SPLITS)}")
     counts = clips.buckets(split)

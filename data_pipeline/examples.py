@@ -35,7 +35,7 @@ class Examples:
             encoded: Records of what was precomputed, or None.
             config: dataset.DataConfig.
             schedule: TrainingSchedule or EvaluationSchedule.
-            rows: range of this host's rows of the global batch.
+            rows: numbers of this host's rows of the global batch.
         """
         self.clips, self.encoded, self.config = clips, encoded, config
         self.schedule, self.rows = schedule, rows

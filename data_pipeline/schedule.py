@@ -177,21 +177,3 @@ def _clip_order(seed, bucket, number, clips):
 def _require(holds, what, where, expected):
     if not holds:
         raise InputError(what, where=where, expected=expected)
-
-
-def host_rows(batch_size, host, hosts):
-    """The rows of a global batch that host `host` of `hosts` reads: a range; together all rows, none twice.
-
-    Raises:
-        InputError: the rows cannot be shared equally, or there is no such host.
-    """
-    _require(hosts >= 1 and 0 <= host < hosts, f"{host} of {hosts}", "host", "from 0 to hosts - 1")
-    if batch_size % hosts:
-        raise InputError(
-            f"{batch_size} rows for {hosts} hosts",
-            where="batch_size",
-            expected=f"a multiple of {hosts}",
-            fix="change batch_size, or the number of hosts",
-        )
-    rows = batch_size // hosts
-    return range(host * rows, (host + 1) * rows)

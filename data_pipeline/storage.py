@@ -166,8 +166,8 @@ class Storage:
             yield copy
 
     def mirror(self, folder, version):
-        """A lasting local path of a folder without sub-folders: itself, or a copy below $ANIMECOLOR_CACHE
-        (default ~/.cache/animecolor). A file is fetched once for all processes of this host.
+        """A lasting local path of a folder: itself, or a copy below $ANIMECOLOR_CACHE (default
+        ~/.cache/animecolor). A file is fetched once for all processes of this host.
 
         Args:
             version: text that changes when the contents do.
@@ -177,9 +177,10 @@ class Storage:
         home = Path(os.environ.get(CACHE_VARIABLE, Path.home() / ".cache" / "animecolor"))
         mark = hashlib.sha256(f"{self.path(folder)} {version}".encode()).hexdigest()[:16]
         copy = Storage(str(home / mark))
-        for name in self.names(folder):
-            if not copy.exists(Path(name).name):
-                with copy.writing(Path(name).name) as partial:
+        for name in self.names(folder, recursive=True):
+            inside = str(Path(name).relative_to(folder))
+            if not copy.exists(inside):
+                with copy.writing(inside) as partial:
                     _filesystem(self.root).get_file(self.path(name), str(partial))
         return Path(copy.root)
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from animecolor_jax.errors import InputError
-from data_pipeline import clip_video
 
 REFERENCES = ("any", "first", "outside")
 SEEK_FRAMES = 24  # a wider gap between wanted frames is jumped over, not decoded through
@@ -156,6 +155,8 @@ def read_view(record, view, flip):
     Raises:
         InputError: the stored clip is damaged, or lacks a frame.
     """
+    from data_pipeline import clip_video  # decodes with PyAV; the config above does not need it
+
     wanted = np.unique(np.concatenate(view))
     groups = np.split(wanted, np.flatnonzero(np.diff(wanted) > SEEK_FRAMES) + 1)
     where = describe(record)

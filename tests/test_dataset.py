@@ -60,6 +60,11 @@ def same(batch, other):
     return all(np.array_equal(batch[name], other[name]) for name in batch)
 
 
+def shares(batch_size, hosts):
+    """Every host's rows."""
+    return np.split(np.arange(batch_size), hosts)
+
+
 def join(parts):
     """The batch that hosts' slices make together."""
     return {
@@ -80,10 +85,17 @@ def batches(clips):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_slices_are_the_global_batch(clips, batches, hosts):
-    parts = [take(training_batches(clips, CONFIG, host=host, hosts=hosts), 8) for host in range(hosts)]
+    parts = [take(training_batches(clips, CONFIG, rows=rows), 8) for rows in shares(4, hosts)]
     assert len(parts[0][0]["id"]) == 4 // hosts
     for step in range(8):
         assert same(join([part[step] for part in parts]), batches[step])
+
+
+def test_rows_may_be_any_of_the_batch(clips, batches):
+    for step, part in enumerate(take(training_batches(clips, CONFIG, rows=[0, 3]), 3)):
+        whole = batches[step]
+        assert part["id"] == [whole["id"][0], whole["id"][3]]
+        np.testing.assert_array_equal(part["video"], whole["video"][[0, 3]])
 
 
 def test_a_batch_has_one_bucket_and_buckets_their_share(clips, batches):
@@ -132,8 +144,8 @@ def test_state_is_restored_exactly_in_the_middle_of_an_epoch_on_other_hosts(clip
     state = iterator.get_state()
     assert state["step"] == 6
     parts = []
-    for host in range(2):
-        restored = training_batches(clips, replace(CONFIG, load=LoadConfig(threads=3)), host=host, hosts=2)
+    for rows in shares(4, 2):
+        restored = training_batches(clips, replace(CONFIG, load=LoadConfig(threads=3)), rows=rows)
         next(restored)
         restored.set_state(state)
         parts.append(take(restored, 3))
@@ -352,7 +364,7 @@ def test_text_dropout_needs_the_empty_text(tmp_path):
 
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_evaluation_has_every_clip_once_from_its_first_frame(clips, hosts):
-    parts = [list(evaluation_batches(clips, 2, host=host, hosts=hosts)) for host in range(hosts)]
+    parts = [list(evaluation_batches(clips, 2, rows=rows)) for rows in shares(2, hosts)]
     seen = []
     for batch in map(join, zip(*parts, strict=True)):
         assert len(batch["id"]) == 2
@@ -378,11 +390,12 @@ def test_evaluation_is_restored_and_ends(clips):
 # ---------------------------------------------------------------- errors
 
 
-def test_rows_that_hosts_cannot_share_are_refused(clips):
-    with pytest.raises(InputError, match="multiple of 3"):
-        training_batches(clips, CONFIG, hosts=3)
-    with pytest.raises(InputError, match="multiple of 2"):
-        evaluation_batches(clips, 3, hosts=2)
+@pytest.mark.parametrize("rows", [[], [0, 4], [-1, 0], [1, 0], [2, 2]])
+def test_rows_that_are_not_of_the_batch_are_refused(clips, rows):
+    with pytest.raises(InputError, match="rows"):
+        training_batches(clips, CONFIG, rows=rows)
+    with pytest.raises(InputError, match="rows"):
+        evaluation_batches(clips, 4, rows=rows)
 
 
 def test_unknown_and_empty_splits_are_refused(clips, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from small_datasets import IMAGE, LONG, WIDE, write_clips, write_encoded
 
 from animecolor_jax.errors import InputError
-from animecolor_jax.loading import DeviceBatches, _share, batch_sharding, share_of_host
+from animecolor_jax.loading import DeviceBatches, batch_sharding, rows_of_host
 from animecolor_jax.sharding import make_mesh
 from data_pipeline.dataset import DataConfig, evaluation_batches, training_batches
 from data_pipeline.views import ViewConfig
@@ -30,8 +30,7 @@ def clips(tmp_path_factory):
 def test_batches_on_a_mesh_are_those_of_the_host(clips, axes):
     mesh = make_mesh(**axes)
     expected = training_batches(clips, CONFIG)
-    host, hosts = share_of_host(mesh, 8)
-    batches = DeviceBatches(training_batches(clips, CONFIG, host=host, hosts=hosts), mesh)
+    batches = DeviceBatches(training_batches(clips, CONFIG, rows=rows_of_host(mesh, 8)), mesh)
     for batch, plain in itertools.islice(zip(batches, expected, strict=False), 3):
         assert batch.keys() == plain.keys()
         for name, array in batch.items():
@@ -92,21 +91,12 @@ def test_batches_end_and_errors_arrive_where_the_batch_would(clips, tmp_path):
 @pytest.mark.parametrize("batch_size", [0, 6])
 def test_rows_that_devices_cannot_share_are_refused(batch_size):
     with pytest.raises(InputError, match="data=2 x fsdp=2"):
-        share_of_host(make_mesh(data=2, fsdp=2), batch_size)
+        rows_of_host(make_mesh(data=2, fsdp=2), batch_size)
 
 
 def test_ahead_is_at_least_one(clips):
     with pytest.raises(InputError, match="ahead"):
         DeviceBatches(training_batches(clips, CONFIG), make_mesh(), ahead=0)
-
-
-def test_a_host_has_one_aligned_share():
-    assert _share([range(8)] * 4, 8) == (0, 1)
-    assert _share([range(6, 8), range(4, 6)], 8) == (1, 2)
-    assert _share([range(2, 3)], 8) == (2, 8)
-    for parts in ([range(1), range(2, 3)], [range(1, 3)], [range(3)]):
-        with pytest.raises(InputError, match="aligned share"):
-            _share(parts, 8)
 
 
 TWO_HOSTS = """
@@ -116,21 +106,27 @@ import numpy as np
 port, process, path, tests = sys.argv[1:]
 sys.path.insert(0, tests)
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-from animecolor_jax.loading import DeviceBatches, share_of_host
+from animecolor_jax.loading import DeviceBatches, rows_of_host
 from animecolor_jax.sharding import make_mesh
 from data_pipeline.dataset import training_batches
 from data_pipeline.records import open_clips
 from test_loading import CONFIG
 
 said = {}
-for name, axes in (("rows", {"data": 2, "fsdp": 2}), ("tokens", {"context": 4})):
-    mesh = make_mesh(**axes)
-    host, hosts = share_of_host(mesh, 8)
-    batches = DeviceBatches(training_batches(open_clips(path), CONFIG, host=host, hosts=hosts), mesh)
+devices = jax.devices()
+across = [devices[0], devices[2], devices[1], devices[3]]
+for name, axes, order in (
+    ("rows", {"data": 2, "fsdp": 2}, devices),
+    ("rings", {"fsdp": 4}, across),
+    ("tokens", {"context": 4}, devices),
+):
+    mesh = make_mesh(**axes, devices=order)
+    rows = rows_of_host(mesh, 8)
+    batches = DeviceBatches(training_batches(open_clips(path), CONFIG, rows=rows), mesh)
     batch = next(batches)
     weights = np.arange(1, 9)[:, None]
     total = jax.jit(lambda numbers: (numbers * weights).sum())(batch["frame_numbers"])
-    said[name] = [host, hosts, list(batch["frame_numbers"].shape), int(total)]
+    said[name] = [rows, list(batch["frame_numbers"].shape), int(total)]
     batches.close()
 print(json.dumps(said))
 """
@@ -155,5 +151,7 @@ def test_two_hosts_load_the_global_batch_together(clips):
     numbers = next(training_batches(clips, CONFIG))["frame_numbers"]
     total = int((numbers * np.arange(1, 9)[:, None]).sum())
     for process in range(2):
-        assert said[process]["rows"] == [process, 2, list(numbers.shape), total]
-        assert said[process]["tokens"] == [0, 1, list(numbers.shape), total], "both hosts read all rows"
+        half, alternating = range(4 * process, 4 * process + 4), ([0, 1, 4, 5], [2, 3, 6, 7])[process]
+        assert said[process]["rows"] == [list(half), list(numbers.shape), total]
+        assert said[process]["rings"] == [alternating, list(numbers.shape), total]
+        assert said[process]["tokens"] == [list(range(8)), list(numbers.shape), total], "both read all rows"

@@ -31,7 +31,14 @@ def test_every_output_of_a_fixture_is_within_its_tolerance(path):
     assert set(result.not_compared) <= skipped
 
 
-@pytest.mark.parametrize("path", WITH_BFLOAT16, ids=name)
+LONG = ("pipeline", "vae")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path.stem in LONG else path for path in WITH_BFLOAT16],
+    ids=name,
+)
 def test_bfloat16_error_is_at_most_that_of_the_reference(path):
     result = check_fixture(path, dtype="bfloat16")
     assert result.passed, result.worst

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from animecolor_jax.errors import InputError
-from data_pipeline.schedule import EvaluationSchedule, TrainingSchedule, host_rows, row_rng, step_rng
+from data_pipeline.schedule import EvaluationSchedule, TrainingSchedule, row_rng, step_rng
 from data_pipeline.shapes import Bucket
 
 WIDE, TALL, LONG, IMAGE = Bucket(9, 32, 64), Bucket(9, 64, 32), Bucket(17, 32, 32), Bucket(1, 32, 32)
@@ -94,18 +94,6 @@ def test_evaluation_has_every_clip_once_and_marks_the_rows_that_fill_up():
     assert seen == {(bucket, clip): 1 for bucket, clips in COUNTS for clip in range(clips)}
     with pytest.raises(IndexError):
         schedule.batch(schedule.num_batches)
-
-
-@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
-def test_hosts_share_the_rows_without_overlap(hosts):
-    slices = [host_rows(8, host, hosts) for host in range(hosts)]
-    assert [row for rows in slices for row in rows] == list(range(8))
-
-
-@pytest.mark.parametrize("arguments", [(8, 0, 3), (8, 2, 2), (8, -1, 2), (8, 0, 0)])
-def test_rows_that_cannot_be_shared_are_refused(arguments):
-    with pytest.raises(InputError):
-        host_rows(*arguments)
 
 
 def test_no_two_generators_share_a_stream():

@@ -11,7 +11,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from animecolor_jax import cli
+from animecolor_jax import cli, preset
 from animecolor_jax.convert.checkpoint import check_manifests, convert_checkpoint, init_from
 from animecolor_jax.convert.export import export_checkpoint
 from animecolor_jax.errors import InputError
@@ -34,6 +34,8 @@ class Arguments:
     """Plain CogVideoX directory: makes stage-1 weights (sketch channels zero, LCG copied, HCE fresh)."""
     seed: int = 0
     """Seed of the fresh HCE of --init-from."""
+    hce: str = "animecolor-2b"
+    """Preset whose HCE --init-from makes, fitted to the denoiser's width and depth."""
     export: Path | None = None
     """Folder to write PyTorch safetensors and configs to, from --weights."""
     weights: Path | None = None
@@ -64,7 +66,8 @@ def run(args):
     elif args.out is None:
         raise InputError("is missing", where="--out", expected="the weights directory to make")
     elif args.init_from is not None:
-        report = init_from(args.init_from, args.out, source=args.source, dtype=args.dtype, seed=args.seed)
+        options = {"source": args.source, "dtype": args.dtype, "seed": args.seed}
+        report = init_from(args.init_from, args.out, hce=preset(args.hce).hce, **options)
     else:
         report = convert_checkpoint(args.source, args.out, dtype=args.dtype)
     print(f"{', '.join(report['components'])}: {report['parameters']:,} parameters")

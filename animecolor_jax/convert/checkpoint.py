@@ -87,12 +87,14 @@ class Checkpoint:
             read = lambda key: state.read(rules.stored_key(plan.rules, key, keys))  # noqa: E731
             yield name, plan.leaves[name].load(read, plan.specs[name].dtype)
 
-    def write(self, writer, plan, leaves, dtype, component=None):
-        """Writes `leaves`, made by `plan`, as a component (default: the plan's own)."""
+    def write(self, writer, plan, leaves, dtype, component=None, **notes):
+        """Writes `leaves`, made by `plan`, as a component (default: the plan's own), with notes of
+        provenance."""
         source, state = self._provenance[plan.component], self._states[plan.component]
         provenance = {
             "files": {Path(file).name: sha256(file) for file in state.sources},
             "source": source.path.name,
+            **notes,
         }
         write_component(
             writer, component or plan.component, plan.config, plan.specs, leaves, dtype, provenance
@@ -204,8 +206,9 @@ def init_from(directory, out, *, source=(), dtype=None, seed=0, hce=None):
             )
 
     with writer:
-        checkpoint.write(writer, wide, widened(), dtype)
-        checkpoint.write(writer, base, checkpoint.leaves(base), dtype, component="lcg")
+        checkpoint.write(writer, wide, widened(), dtype, untrained="sketch channels are zero")
+        copy = {"component": "lcg", "untrained": "copy of the plain denoiser"}
+        checkpoint.write(writer, base, checkpoint.leaves(base), dtype, **copy)
         specs = {
             name: Spec(leaf.shape, jnp.dtype(denoiser.dtype))
             for name, leaf in abstract("hce", extractor).items()
