@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from animecolor_jax import denoise
+from animecolor_jax import denoise, flops
 from animecolor_jax.config import HCEConfig, SchedulerConfig, TransformerConfig, VAEConfig
 from animecolor_jax.convert.transformer import config_to_torch as transformer_to_torch
 from animecolor_jax.convert.vae import config_to_torch as vae_to_torch
@@ -18,7 +18,7 @@ from animecolor_jax.models.animecolor import AnimeColor, Conditions
 from animecolor_jax.networks import fresh
 from animecolor_jax.sampling import init_state, make_sampler
 
-# Shapes of reference.md's targets: latents (T, H, W), or frames of pixels for the VAE.
+# Shapes that the project's aims are stated for: latents (T, H, W), or frames of pixels for the VAE.
 SMALL_DIT = TransformerConfig(
     num_layers=8, num_heads=8, text_dim=1024, sample_height=30, sample_width=48, sample_frames=17
 )
@@ -250,20 +250,18 @@ def flops_2b():
     multiplications."""
     config, hce = TransformerConfig(in_channels=32), HCEConfig()
     tokens, width = CLIP_2B + config.text_length, config.dim
-    block = 2 * tokens * (4 + 8) * width**2 + 4 * tokens * (tokens + BANK_2B) * width
-    inner = hce.cross_num_heads * hce.cross_head_dim
-    cross = 4 * CLIP_2B * inner * width + 4 * CLIP_2B * COLORS_2B * inner
-    step = 2 * (config.num_layers * block + hce.num_cross * cross)
-    queries = COLORS_2B + 1 + BANK_2B
-    qformer = hce.depth * (
-        2 * queries * (hce.dim * hce.num_heads * hce.head_dim * 6 + 2 * hce.ff_mult * hce.dim**2)
-        + 8 * queries**2 * hce.num_heads * hce.head_dim
-    ) + 2 * BANK_2B * hce.dim * (hce.feature_dim + 2 * hce.dim)
+    block = flops.dense(tokens, width, (4 + 8) * width) + flops.attention(tokens, tokens + BANK_2B, width)
+    step = config.num_layers * block + hce.num_cross * flops.cross_attention(hce, CLIP_2B, COLORS_2B)
+    queries, inner = COLORS_2B + 1 + BANK_2B, hce.num_heads * hce.head_dim
+    qformer = flops.dense(queries, hce.dim, 6 * inner + 2 * hce.ff_mult * hce.dim)
+    qformer = hce.depth * (qformer + flops.attention(queries, 2 * queries, inner))
+    qformer += flops.dense(BANK_2B, hce.dim, hce.feature_dim + 2 * hce.dim)
+    key_value = flops.dense(COLORS_2B, hce.output_dim, 2 * hce.cross_num_heads * hce.cross_head_dim)
     # the official code projects the bank in both branches of every step, computes the bank's own queries and
     # outputs as well, and throws these away; the Q-Former runs once a step and its tokens are doubled
-    rejoin = 4 * 2 * BANK_2B * width**2 + 4 * BANK_2B * (tokens + BANK_2B) * width
-    again = 2 * config.num_layers * rejoin + qformer
-    again += 2 * hce.num_cross * 4 * COLORS_2B * hce.output_dim * inner
+    rejoin = flops.dense(BANK_2B, width, 4 * width) + flops.attention(BANK_2B, tokens + BANK_2B, width)
+    again = 2 * config.num_layers * rejoin + qformer + 2 * hce.num_cross * key_value
+    step *= 2  # both branches of guidance
     return {
         "name": "AnimeColor step, cached against the official code, by FLOPs",
         "shape": "2B, 49x480x720, guidance",

@@ -4,6 +4,8 @@ python tools/benchmark.py forward --against torch
 python tools/benchmark.py vae --against torch
 python tools/benchmark.py denoise --against torch
 python tools/benchmark.py denoise --against uncached
+python tools/benchmark.py train --against torch
+python tools/benchmark.py train --shape 2b-480x720x49
 python tools/benchmark.py data
 """
 
@@ -13,7 +15,7 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from animecolor_jax import benchmarks, cli
+from animecolor_jax import benchmarks, benchmarks_train, cli
 from animecolor_jax.errors import InputError
 
 
@@ -37,11 +39,15 @@ class Arguments:
     """Measure speed; with --against, both sides in one run, alternating. Ratios are theirs / ours:
     above 1 we win."""
 
-    measure: Annotated[Literal["forward", "vae", "denoise", "data"], tyro.conf.Positional]
+    measure: Annotated[Literal["forward", "vae", "denoise", "train", "data"], tyro.conf.Positional]
     """What to measure."""
     against: Literal["none", "torch", "uncached"] = "none"
     """The other side; "uncached" (denoise only) makes the reference's keys and values anew in every step.
     data has its own: each line says what against what."""
+    shape: Literal["small", "2b-480x720x49", "2b-320x512x49"] = "small"
+    """Of train: what is trained; 2b is for a GPU or TPU."""
+    batch_size: int = 1
+    """Of train."""
     repeats: int = 5
     """Rounds after the warm-up."""
     json: bool = False
@@ -54,14 +60,25 @@ def run(args):
         raise InputError("uncached", where="--against", expected="none or torch", fix="use it with denoise")
     if args.measure == "data" and args.against != "none":
         raise InputError(args.against, where="--against", expected="none", fix="leave --against out")
-    if args.repeats < 1:
-        raise InputError(f"{args.repeats}", where="--repeats", expected="1 or more")
-    results = MEASURES[args.measure](args.against, args.repeats)
+    for name in ("repeats", "batch_size"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{getattr(args, name)}", where=flag, expected="1 or more")
+    if args.measure == "train":
+        results = benchmarks_train.train(args.against, args.repeats, args.shape, args.batch_size)
+    elif (args.shape, args.batch_size) != ("small", 1):
+        raise InputError(
+            f"{args.shape}, {args.batch_size}", where="--shape, --batch-size", expected="small and 1",
+            fix="use them with train",
+        )  # fmt: skip
+    else:
+        results = MEASURES[args.measure](args.against, args.repeats)
     for line in results:
         against = (
             "" if line["ratio"] is None else f"   theirs {line['theirs']:.3f}   ratio {line['ratio']:.2f}"
         )
-        print(f"{line['name']} ({line['shape']}): {line['ours']:.3f} {line['unit']}{against}")
+        more = f"   {benchmarks_train.describe(line)}" if args.measure == "train" else ""
+        print(f"{line['name']} ({line['shape']}): {line['ours']:.3f} {line['unit']}{against}{more}")
     ratios = [line["ratio"] for line in results if line["ratio"] is not None]
     return {
         "device": jax.devices()[0].device_kind,
