@@ -67,6 +67,7 @@ def test_report_has_a_line_for_each_stage(monkeypatch, capsys):
         assert line["tflop"] == flops.train_step(stage, SHORT, SHAPE.latents, 2) / 1e12
 
 
+@pytest.mark.slow
 def test_a_step_updates_the_trained_parameters_from_finite_losses():
     step = benchmarks_train.Step(benchmarks_train.STAGES[0], SHAPE, 1)
     before = {name: jnp.array(leaf) for name, leaf in step._state()[0][0].items()}

@@ -93,6 +93,7 @@ def planned(config, mesh_sizes):
         pytest.param("sketch", "none", {"fsdp": 8}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_estimate_is_within_half_of_what_xla_plans(stage, remat, mesh_sizes):
     config = run(stage, remat=remat)
     total, arguments = planned(config, mesh_sizes)

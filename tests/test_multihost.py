@@ -105,6 +105,7 @@ def test_a_checkpoint_of_one_is_restored_by_two_and_the_other_way_round(
     assert_close(run, alone)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_makes_both_save_the_same_step(start, tmp_path):
     children = start(tmp_path, 2, "--steps", "100000", "--checkpoint.every", "100000")
     children[0].wait_for("step 3/")

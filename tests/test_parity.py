@@ -31,7 +31,7 @@ def test_every_output_of_a_fixture_is_within_its_tolerance(path):
     assert set(result.not_compared) <= skipped
 
 
-LONG = ("pipeline", "vae")
+LONG = ("animecolor_rope", "dit_sincos", "pipeline", "radio", "vae")
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,7 @@ def test_impossible_numbers_are_refused(pipeline, clip, changes, where):
     assert error.value.where == where
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(directory, clip):
     half = Pipeline.load(directory, dtype="bfloat16")
     assert half.dtype == "bfloat16" and half.model.denoiser.out.kernel.dtype == jnp.bfloat16

@@ -436,6 +436,7 @@ def test_code_from_a_checkpoint_is_not_executed_unasked(official, tool):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_a_recording_checks_our_converted_weights(dtype, checkpoint, recording, tmp_path):
     out, tensors, _, _ = recording
     convert_checkpoint(checkpoint, tmp_path / "weights")

@@ -128,6 +128,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(start, whole, tmp_path):
     assert len(read_run(tmp_path)["resumed"]) == 3
 
 
+@pytest.mark.slow
 def test_sigterm_and_ctrl_c_save_and_the_run_goes_on(start, whole, tmp_path):
     child = start(tmp_path)
     child.wait_for("step 4/")
@@ -152,6 +153,7 @@ def test_sigterm_and_ctrl_c_save_and_the_run_goes_on(start, whole, tmp_path):
     assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(start, whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(run / "weights")
@@ -250,6 +252,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, folder, tmp_path):
     assert os.listdir(tmp_path / "run" / "checkpoints") == []
 
 
+@pytest.mark.slow
 def test_no_checkpoint_holds_what_is_not_finite(train, tmp_path):
     """The first update is none, by the warm-up; the second makes all parameters infinite."""
     flags = "--optimizer.learning-rate", "3e38", "--optimizer.warmup-steps", "1"

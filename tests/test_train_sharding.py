@@ -122,6 +122,7 @@ def run(stage, sizes, kernel_shard, *flags):
     return program, collectives(program)
 
 
+@pytest.mark.slow
 def test_data_alone():
     program, found = run(4, {"data": 8}, (DEPTH, DIM, 4 * DIM))
     assert {operation for operation, _, _ in found} == {"all-reduce"}
@@ -140,6 +141,7 @@ def test_fsdp_alone_gathers_one_layer_at_a_time():
     assert (1, TEXT + VIDEO, 4 * DIM) in results(program)
 
 
+@pytest.mark.slow
 def test_context_alone_gathers_keys_and_values_only():
     program, found = run(4, {"context": 8}, (DEPTH, DIM, 4 * DIM), "--compute.remat", "attention")
     in_loops = {(operation, shape) for operation, shape, looped in found if looped}
@@ -155,6 +157,7 @@ def test_context_alone_gathers_keys_and_values_only():
     assert not any(shape[1:] == (TEXT, 4 * DIM) for shape in made)
 
 
+@pytest.mark.slow
 def test_tensor_alone():
     program, found = run(4, {"tensor": 8}, (DEPTH, DIM, 4 * DIM // 8), "--compute.remat", "block")
     assert ("all-reduce", (BATCH, TEXT + VIDEO, DIM), True) in found
@@ -165,7 +168,7 @@ def test_tensor_alone():
     assert (BATCH, TEXT + VIDEO, 1, HEAD_DIM) in made and (BATCH, TEXT + VIDEO, HEADS, HEAD_DIM) not in made
 
 
-QUICK = [(MIXED[0], 1), (MIXED[0], 4), (MIXED[1], 2), (MIXED[1], 3)]
+QUICK = [(MIXED[0], 4), (MIXED[1], 3)]
 
 
 @pytest.mark.parametrize(

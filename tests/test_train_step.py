@@ -221,6 +221,7 @@ def test_steps_on_one_batch_lower_its_loss(stage):
     assert losses[-1] < losses[0] and sorted(losses, reverse=True) == losses
 
 
+@pytest.mark.slow
 def test_masks_on_the_full_tree_give_the_updates_of_the_split_tree():
     run, (_, (_, grads)) = make_run(4), gradients_of_all()
     parameters = run.start.trainable | run.start.frozen
