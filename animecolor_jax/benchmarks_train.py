@@ -45,14 +45,18 @@ class Shape:
     """(T, H, W) of the clips' latents; references have H and W."""
     dtype: str
     """Of compute and frozen weights."""
-    remat: str = "block"
+    remat: str = "branches"
 
 
 SMALL_DENOISER = dataclasses.replace(benchmarks.SMALL_DIT, in_channels=32)
 SMALL = AnimeColorConfig(
     denoiser=SMALL_DENOISER,
     lcg=benchmarks.SMALL_DIT,
-    hce=HCEConfig(model_dim=SMALL_DENOISER.dim, num_cross=SMALL_DENOISER.num_layers // 2),
+    # as much smaller than the 2B's as the denoiser is
+    hce=HCEConfig(
+        model_dim=SMALL_DENOISER.dim, num_cross=SMALL_DENOISER.num_layers // 2, dim=272, num_heads=4,
+        feature_dim=344, summary_dim=688, output_dim=544, cross_num_heads=4, cross_head_dim=136,
+    ),
     scheduler=SchedulerConfig(),
 )
 SHAPES = {
@@ -231,7 +235,8 @@ def memory_bound(stage, model, latents, batch_size, first, dtype):
 
     That is as much as stage 1, and in `dtype` the weights of networks besides the denoiser, or of the
     denoiser where that is frozen and they are trained; and of the LCG its bank [depth, B, R, D], its gradient
-    where the LCG is trained, and what its blocks hand to the backward pass, [depth, B, L + R, D].
+    where the LCG is trained, and what its blocks hand to the backward pass, [depth, B, L + R, D]; and the
+    image features that HCE reads.
     """
     itemsize = jnp.dtype(dtype).itemsize
     config = TrainConfig(stage, 1, data=DataConfig(batch_size))
@@ -241,6 +246,9 @@ def memory_bound(stage, model, latents, batch_size, first, dtype):
         reference, text = flops.tokens_of(model.lcg, (1, *latents[1:])), model.lcg.text_length
         tokens = reference * (2 if parts.trains_lcg else 1) + (text + reference) * parts.trains_lcg
         total += itemsize * model.lcg.num_layers * batch_size * tokens * model.lcg.dim
+    if "hce" in stage.conditions:
+        patches = math.prod(side // RADIO_PATCH for side in latents[1:])
+        total += 2 * batch_size * (model.hce.summary_dim + patches * model.hce.feature_dim)  # bfloat16
     return total
 
 

@@ -110,7 +110,7 @@ def test_estimate_is_the_sum_of_its_parts_and_follows_the_config():
         return found["total"]
 
     plain = total()
-    assert total(remat="none") > total(remat="attention") > plain
+    assert total(remat="none") > total(remat="branches") > total(remat="attention") > plain
     assert total(mesh={"fsdp": 4}) < plain and total(mesh={"fsdp": 2, "context": 2}) < plain
     assert total(accumulate=4) < plain < total(ema=0.99)
     assert total(name="came") < plain and total(dtype="bfloat16") < plain

@@ -305,7 +305,7 @@ def gradients_of_all(accumulate=1, remat="none"):
     return compiled, compiled(*arguments)
 
 
-@pytest.mark.parametrize(("accumulate", "remat"), [(2, "attention"), (1, "block")])
+@pytest.mark.parametrize(("accumulate", "remat"), [(2, "branches"), (1, "attention"), (1, "block")])
 def test_neither_parts_of_a_batch_nor_rematerialisation_change_the_gradients(accumulate, remat):
     _, (loss, grads) = gradients_of_all()
     _, (same_loss, same_grads) = gradients_of_all(accumulate, remat)

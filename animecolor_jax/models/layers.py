@@ -6,6 +6,8 @@ from flax import nnx
 
 from animecolor_jax.models.chunked_attention import SAVED
 
+BRANCH = "branch"  # name of what `remat` can keep: what a branch adds to the tokens
+
 
 class Buffer(nnx.Variable):
     """An array that belongs to a checkpoint but is never trained (RADIO's input statistics)."""
@@ -44,12 +46,13 @@ def remat(body, policy):
     again.
 
     Args:
-        policy: "none" keeps all; "attention" what came into the body and the results of attention; "block"
-            only what came in.
+        policy: "none" keeps all; "block" only what came into the body; "attention" also the results of
+            attention; "branches" also what attention and feed-forward add to the tokens, without which their
+            gates' gradients would need the last product of each once more.
     """
     if policy == "none":
         return body
-    names = {"attention": [SAVED], "block": []}[policy]
+    names = {"block": [], "attention": [SAVED], "branches": [SAVED, BRANCH]}[policy]
     saved = jax.checkpoint_policies.save_only_these_names(*names)
     return jax.checkpoint(body, policy=saved, prevent_cse=False)
 

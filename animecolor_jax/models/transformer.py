@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from animecolor_jax.models import positions
 from animecolor_jax.models.attention import joint_attention
-from animecolor_jax.models.layers import gelu, layer_norm, linear, remat, silu, stack
+from animecolor_jax.models.layers import BRANCH, gelu, layer_norm, linear, remat, silu, stack, unstack
 from animecolor_jax.sharding import constrain, shares_tokens
 
 
@@ -128,7 +129,7 @@ class JointAttention(nnx.Module):
         return self.q_norm(self.heads(self.q(tokens))), self.key_value(tokens)
 
     def merge(self, attended):  # [B, S, N, H] -> [B, S, D]
-        return self.out(rearrange(attended, "b s n h -> b s (n h)"))
+        return checkpoint_name(self.out(rearrange(attended, "b s n h -> b s (n h)")), BRANCH)
 
     def __call__(self, text, video, bank, rope):
         """[B, L, D], [B, S, D], KeyValue [B, R, N, H] or None -> attended ([B, L, D], [B, S, D])."""
@@ -169,7 +170,7 @@ class FeedForward(nnx.Module):
         self.down = linear(4 * config.dim, config.dim, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, x):
-        return self.down(gelu(self.up(x), approximate=True))
+        return checkpoint_name(self.down(gelu(self.up(x), approximate=True)), BRANCH)
 
 
 class Block(nnx.Module):
@@ -315,29 +316,21 @@ class Transformer(nnx.Module):
             [B, T, H, W, out_channels].
         """
         temb = self.time_embed(timestep)
-        interval = 1 if cross is None else cross.interval
 
-        def group(x):  # [depth, ...] -> [groups, interval, ...]
-            return x.reshape(-1, interval, *x.shape[1:])
+        def body(tokens, xs):
+            index, block, bank = xs
+            text, video = (constrain(x, "context") for x in tokens)
+            bank = block.attn.key_value(bank) if isinstance(bank, jax.Array) else bank
+            text, video, _ = block(text, video, temb, bank, rope)
+            if cross is not None:
+                video = jax.lax.cond(index % cross.interval == 0, add_cross, lambda x, _: x, video, index)
+            return (text, video), None
 
-        def group_body(tokens, xs):
-            blocks, cross_layer = xs
+        def add_cross(video, index):
+            layer = unstack((cross.layers, cross.key_value), index // cross.interval)
+            return cross.add(video, *layer)
 
-            def body(tokens, xs):
-                index, block, bank = xs
-                text, video = (constrain(x, "context") for x in tokens)
-                bank = block.attn.key_value(bank) if isinstance(bank, jax.Array) else bank
-                text, video, _ = block(text, video, temb, bank, rope)
-                if cross_layer is not None:
-                    video = jax.lax.cond(
-                        index == 0, lambda video: cross.add(video, *cross_layer), lambda video: video, video
-                    )
-                return (text, video), None
-
-            body = remat(body, self.config.remat)
-            return jax.lax.scan(body, tokens, (jnp.arange(interval), *blocks))
-
-        stacked = jax.tree.map(group, (self.blocks, bank))
-        layers = None if cross is None else (cross.layers, cross.key_value)
-        (_, video), _ = jax.lax.scan(group_body, self.embed(latents, text), (stacked, layers))
+        body = remat(body, self.config.remat)
+        xs = jnp.arange(self.config.num_layers), self.blocks, bank
+        (_, video), _ = jax.lax.scan(body, self.embed(latents, text), xs)
         return self.head(video, temb, latents.shape[1:4])

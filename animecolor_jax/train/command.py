@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import jax
 
 from animecolor_jax import cli
 from animecolor_jax.errors import InputError
+from animecolor_jax.train import peers
 from animecolor_jax.train.config import TrainConfig
 
 
@@ -41,29 +41,6 @@ def override(config, flags):
     """`config` with values replaced by flags, ["--optimizer.learning-rate", "1e-5"]; InputError for unknown
     ones."""
     return cli.parse(TrainConfig, flags, default=config)
-
-
-def _coordination_client():
-    from jax._src import distributed  # nowhere public
-
-    return distributed.global_state.client
-
-
-def missing_processes(wait_seconds=5):
-    """Numbers of the processes that do not answer, as far as the first one can tell: [] where it is gone
-    itself, None where all answer."""
-    try:
-        _coordination_client().wait_at_barrier("who is there", 1000 * wait_seconds)
-    except jax.errors.JaxRuntimeError as error:
-        return sorted({int(number) for number in re.findall(r"task:(\d+)", str(error))})
-    return None
-
-
-def wait_for_all(name, hours=3):
-    """Returns when every process has come here: what one of them does meanwhile may take long, such as
-    writing weights, and a process that ended would be taken for dead."""
-    if jax.process_count() > 1:
-        _coordination_client().wait_at_barrier(name, int(hours * 3600 * 1000))
 
 
 def leave(code):
@@ -100,10 +77,12 @@ def distribute(coordinator="", num_processes=None, process_id=None, peer_timeout
     try:
         jax.distributed.initialize(
             None if coordinator == "auto" else coordinator, num_processes, process_id,
-            heartbeat_timeout_seconds=peer_timeout, shutdown_timeout_seconds=peer_timeout,
+            heartbeat_timeout_seconds=2 * peer_timeout, shutdown_timeout_seconds=peer_timeout,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"the processes did not come together: {error}", where="--coordinator",
             expected="the same HOST:PORT for all processes, all of them started within five minutes",
         ) from error  # fmt: skip
+    if jax.process_count() > 1:
+        peers.watch(peer_timeout)

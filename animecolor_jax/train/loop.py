@@ -21,9 +21,8 @@ from jax.experimental import multihost_utils
 
 from animecolor_jax import flops, loading, sharding
 from animecolor_jax.pipeline import NonFiniteError, use_compilation_cache
-from animecolor_jax.train import inputs, memory, run_directory, state
+from animecolor_jax.train import inputs, memory, peers, run_directory, state
 from animecolor_jax.train.checkpoints import Checkpoints, read_params
-from animecolor_jax.train.command import missing_processes, wait_for_all
 from animecolor_jax.train.export import export_weights
 from animecolor_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from animecolor_jax.train.parts import Parts
@@ -183,7 +182,7 @@ class Trainer:
             export_weights(made, self.sources, self.parts, self.config, step, trained)
             if is_remote(out) and self.leader:
                 _upload(made, Storage(out))
-        wait_for_all(f"{name} {step}")
+        peers.wait_for_all(f"{name} {step}")
         return out
 
     def _make_room(self, out, step):
@@ -348,23 +347,21 @@ def _peers_named(checkpoints):
     Raises:
         ConnectionError: instead of JAX's error.
     """
+    def last_checkpoint():
+        step = checkpoints.latest_step()
+        return None if step is None else checkpoints.directory / str(step)
+
+    peers.keep(last_checkpoint)
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        count, own = jax.process_count(), jax.process_index()
-        if count == 1:
+        if jax.process_count() == 1:
             raise
-        gone = missing_processes()
+        gone = peers.missing()
         if gone is None:  # all are there: this is something else, such as too little memory
             raise
-        gone = gone or [number for number in range(count) if number != own]
-        step = checkpoints.latest_step()
-        kept = "none yet" if step is None else checkpoints.directory / str(step)
-        raise ConnectionError(
-            f"process {' or '.join(map(str, gone))} of {count} died or cannot be reached, so process {own} "
-            f"stops ({str(error).partition(chr(10))[0][:200]}); last checkpoint: {kept}. Look at the output "
-            "of that process, and start the same command again everywhere: it goes on"
-        ) from error
+        why = str(error).partition("\n")[0][:200]
+        raise ConnectionError(peers.describe_death(gone, why)) from error
 
 
 def _upload(folder, storage):

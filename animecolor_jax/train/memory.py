@@ -135,6 +135,7 @@ class _Step:
         return {
             "block": carry,
             "attention": carry + self.arrays(tokens),
+            "branches": carry + 3 * self.arrays(tokens),
             "none": self.arrays(tokens, count=KEPT),
         }[policy]
 
