@@ -7,6 +7,7 @@ python tools/benchmark.py denoise --against uncached
 python tools/benchmark.py train --against torch
 python tools/benchmark.py train --shape 2b-480x720x49
 python tools/benchmark.py data
+python tools/benchmark.py metrics --against torch
 """
 
 from dataclasses import dataclass
@@ -26,11 +27,19 @@ def data(against, repeats):
     return benchmarks_data.data(repeats)
 
 
+def metrics(against, repeats):
+    """Metrics of evaluation; line art comes from data preparation."""
+    from animecolor_jax import benchmarks_metrics
+
+    return benchmarks_metrics.metrics(against, repeats)
+
+
 MEASURES = {
     "forward": benchmarks.forward,
     "vae": benchmarks.vae,
     "denoise": benchmarks.denoising,
     "data": data,
+    "metrics": metrics,
 }
 
 
@@ -39,7 +48,7 @@ class Arguments:
     """Measure speed; with --against, both sides in one run, alternating. Ratios are theirs / ours:
     above 1 we win."""
 
-    measure: Annotated[Literal["forward", "vae", "denoise", "train", "data"], tyro.conf.Positional]
+    measure: Annotated[Literal["forward", "vae", "denoise", "train", "data", "metrics"], tyro.conf.Positional]
     """What to measure."""
     against: Literal["none", "torch", "uncached"] = "none"
     """The other side; "uncached" (denoise only) makes the reference's keys and values anew in every step.

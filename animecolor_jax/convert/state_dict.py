@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from animecolor_jax.convert.torch_pickle import TorchCheckpoint, TorchTensor
+from animecolor_jax.convert.torchscript import TorchScriptArchive, is_torchscript
 from animecolor_jax.errors import InputError
 from animecolor_jax.safetensors_io import Reader, Spec, parse_json_object
 
@@ -87,8 +88,8 @@ def open_state_dict(path):
     """Opens a checkpoint.
 
     Args:
-        path: a .safetensors, .bin, .pt or .pth file, or a directory of diffusers or transformers
-            with one such file or an index and its shards.
+        path: a .safetensors, .bin, .pt or .pth file (also a TorchScript archive), or a directory of
+            diffusers or transformers with one such file or an index and its shards.
     Raises:
         InputError: there is nothing to read or a choice between files, a file is truncated or
             damaged or holds more than tensors, or the shards do not fit their index.
@@ -125,12 +126,16 @@ def _open_file(path):
         }
         return StateDict(tensors, [path], reader.close)
     if path.suffix in _TORCH_SUFFIXES:
-        checkpoint = TorchCheckpoint(path)
-        try:
-            tensors = _find_tensors(checkpoint.root, path)
-        except InputError:
-            checkpoint.close()
-            raise
+        if is_torchscript(path):
+            checkpoint = TorchScriptArchive(path)
+            tensors = checkpoint.tensors
+        else:
+            checkpoint = TorchCheckpoint(path)
+            try:
+                tensors = _find_tensors(checkpoint.root, path)
+            except InputError:
+                checkpoint.close()
+                raise
         tensors = {key: (Spec(value.shape, value.dtype), value.read) for key, value in tensors.items()}
         return StateDict(tensors, [path], checkpoint.close)
     raise InputError(

@@ -116,7 +116,7 @@ class PickleMachine:
     """Carries out the instructions of a pickle that make numbers, strings, containers and tensors.
 
     Values on the stack are never called, and no attribute of one is ever set: `resolve`, `call`,
-    `build` and `persistent` say what the instructions for that stand for.
+    `make`, `build` and `persistent` say what the instructions for that stand for.
 
     Attributes:
         storages: {key: Storage} that the pickle refers to; the caller fills in their offsets.
@@ -163,6 +163,10 @@ class PickleMachine:
         if name not in self._calls:
             raise self.damaged(f"it calls {name}")
         return self._calls[name](args)
+
+    def make(self, name, args):
+        """What an object of the resolved class `name` stands for: no tensor needs one."""
+        raise self.damaged(f"it makes an object of {name}")
 
     def build(self, target, state):
         """Drops the state of an OrderedDict: torch's `_metadata`, the versions of modules."""
@@ -249,6 +253,11 @@ class PickleMachine:
                     if type(function) is not Name or type(args) is not tuple:
                         raise self.damaged(f"it calls a {type(function).__name__}")
                     stack.append(self.call(function.name, args))
+                case "NEWOBJ":
+                    args, cls = stack.pop(), stack.pop()
+                    if type(cls) is not Name or type(args) is not tuple:
+                        raise self.damaged(f"it makes an object of a {type(cls).__name__}")
+                    stack.append(self.make(cls.name, args))
                 case "BUILD":
                     state, target = stack.pop(), stack.pop()
                     stack.append(self.build(target, state))
@@ -360,13 +369,15 @@ class TorchCheckpoint:
             than those of plain tensors.
     """
 
+    machine = PickleMachine
+
     def __init__(self, path):
         self._where = str(path)
         self._file = open_weights(path)
         self._file_size = os.fstat(self._file.fileno()).st_size
         self._byteswap = False
         try:
-            machine = PickleMachine(self._where, file_size=self._file_size, reader=self.read)
+            machine = self.machine(self._where, file_size=self._file_size, reader=self.read)
             is_zip = self._file.peek(4).startswith(b"PK\3\4")
             self.root = self._open_zip(machine) if is_zip else self._open_legacy(machine)
         except BaseException:
@@ -411,8 +422,7 @@ class TorchCheckpoint:
         if len(pickles) != 1:
             raise self._damaged(f"an archive with {len(pickles)} data.pkl, a checkpoint has one")
         folder = pickles[0].removesuffix("data.pkl")
-        if f"{folder}constants.pkl" in entries:
-            raise self._damaged("a TorchScript program, not a state dict")
+        self._check_entries(entries, folder)
 
         byteorder = entries.get(f"{folder}byteorder")
         if byteorder is not None and self._read_entry(byteorder) not in (b"little", b"big"):
@@ -428,6 +438,10 @@ class TorchCheckpoint:
                 )
             storage.offset = self._find_entry(entry) if entry else None
         return root
+
+    def _check_entries(self, entries, folder):
+        if f"{folder}constants.pkl" in entries:
+            raise self._damaged("a TorchScript program, not a state dict")
 
     def _read_entry(self, entry):
         """The bytes of a small entry."""

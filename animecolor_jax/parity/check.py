@@ -9,7 +9,7 @@ import numpy as np
 
 from animecolor_jax import safetensors_io
 from animecolor_jax.errors import InputError
-from animecolor_jax.parity import networks, pipeline, schedulers
+from animecolor_jax.parity import metrics, metrics_i3d, metrics_image, networks, pipeline, schedulers
 
 KINDS = {
     "dit_sincos": networks.transformer,
@@ -23,6 +23,12 @@ KINDS = {
     "radio": networks.radio,
     "radio_mlpnorm": networks.radio,
     "pos_tables": networks.pos_tables,
+    "i3d": metrics_i3d.i3d,
+    "image_metrics": metrics_image.image_metrics,
+    "xdog": metrics_image.xdog_stages,
+    "lpips_alex": metrics.lpips,
+    "lpips_vgg": metrics.lpips,
+    "inception_fid": metrics.inception_fid,
     "schedulers": lambda tensors, config, dtype, attention: (
         (name.removeprefix("outputs/"), value) for name, value in schedulers.outputs(tensors, config)
     ),

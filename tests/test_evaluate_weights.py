@@ -1,0 +1,104 @@
+"""tools/evaluate.py --weights: a dataset's clips are coloured and scored from memory."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small_datasets
+
+from animecolor_jax import cli, media
+from animecolor_jax.config import preset
+from animecolor_jax.errors import InputError
+from animecolor_jax.evaluation.generate import ColorConfig, Colored
+from animecolor_jax.evaluation.protocol import PRESETS, Protocol
+from animecolor_jax.metrics import image
+from animecolor_jax.pipeline import Pipeline
+from animecolor_jax.weights import write_initial
+
+TOOL = Path(__file__).parents[1] / "tools" / "evaluate.py"
+PROTOCOL = Protocol("own")
+QUICK = {"steps": 2, "guidance": 1.0, "clips": 2}
+CLIPS = {small_datasets.WIDE: {"train": 0, "test": 3}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("weights")
+    write_initial(root / "weights", preset("tiny"))
+    small_datasets.write_clips(root / "data", CLIPS)
+    (root / "own.toml").write_text("")
+    return root
+
+
+@pytest.fixture(scope="module")
+def evaluate(folder):
+    """Function that runs the tool on two clips, written to folder/out, and returns its JSON."""
+    spec = importlib.util.spec_from_file_location("tools_evaluate_weights", TOOL)
+    module = sys.modules["tools_evaluate_weights"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    flags = [f"--color.{name}={value}" for name, value in QUICK.items()]
+    argv = ["--weights", folder / "weights", "--data", folder / "data", "--protocol", folder / "own.toml"]
+    argv += ["--metrics", "psnr", "sa", "--out", folder / "out", *flags]
+    args = cli.parse(module.Arguments, [str(arg) for arg in argv], default=module.Arguments())
+
+    def call():
+        found, holds = module.run(args)
+        assert holds
+        return found
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def report(evaluate):
+    return evaluate()
+
+
+def test_every_clip_of_the_split_is_coloured_and_scored_from_memory(folder, report):
+    assert (report["clips"], report["frames"]) == (2, 18) and "memory" in report["pixel_source"]
+    data = Colored(folder / "weights", folder / "data", "w", ColorConfig(**QUICK), PROTOCOL, folder / "out")
+    scores = []
+    for name in data.names:
+        written = media.read_video(folder / "out" / "generated" / f"{name}.mkv").frames
+        scores.append(image.psnr(written, data.read_clip("target", name)).mean())
+    assert report["psnr"] == pytest.approx(float(np.mean(scores)), abs=1e-4)
+    assert (folder / "out" / "report.html").is_file()
+
+
+def test_pixels_are_those_of_the_pipeline_alone_on_any_device(folder, report):
+    data = Colored(folder / "weights", folder / "data", "w", ColorConfig(**QUICK), PROTOCOL, folder / "out")
+    name = data.names[1]
+    row = data._read(name)
+    assert row["sketch"].shape == (9, 32, 48) and (row["video"][0] == row["reference"][0]).all()
+    video = Pipeline.load(folder / "weights")(
+        np.repeat(row["sketch"][..., None], 3, -1), row["reference"][0], prompt=row["caption"],
+        num_steps=2, guidance_scale=1.0, key=jax.random.key(43),
+    )  # fmt: skip
+    written = media.read_video(folder / "out" / "generated" / f"{name}.mkv").frames
+    np.testing.assert_array_equal(written, video)
+
+
+def test_a_finished_evaluation_colours_nothing_again(evaluate, report, monkeypatch):
+    monkeypatch.setattr(Colored, "_make", None)
+    assert evaluate()["methods"] == report["methods"]
+
+
+def test_processes_share_the_clips(folder):
+    config = ColorConfig(steps=2)
+    parts = [
+        Colored(folder / "weights", folder / "data", "w", config, PROTOCOL, None, process, 2).names
+        for process in range(2)
+    ]
+    assert parts == [["test-00000", "test-00002"], ["test-00001"]]
+
+
+def test_what_cannot_be_done_is_refused(folder):
+    with pytest.raises(InputError, match="masks"):
+        Colored(folder / "weights", folder / "data", "w", ColorConfig(), PRESETS["anidoc-256-fg"], None)
+    with pytest.raises(InputError, match="--steps"):
+        ColorConfig(steps=0)
+    with pytest.raises(InputError, match="split"):
+        Colored(folder / "weights", folder / "data", "w", ColorConfig(split="train"), PROTOCOL, None)
