@@ -86,7 +86,7 @@ def test_scores_are_the_metrics_of_the_frames_and_identical_clips_are_perfect(ev
     assert worse["psnr"] == pytest.approx(float(np.mean(wanted)), abs=1e-5)
     wanted = [float(image.flicker(noisy(c.color)[None], c.color[None])[0]) for c in CLIPS.values()]
     assert worse["flicker"] == pytest.approx(np.mean(wanted), rel=1e-5)
-    assert found["pixel_source"] == "target ffv1; same ffv1; worse png"
+    assert found["pixel_source"] == "target ffv1; same ffv1; worse png; line art of the targets"
     for name in set(METRICS) - {*FREE}:
         assert worse[name] is None and "needs" in found["skipped"][name]
     assert "alexnet-owt-7be5be79.pth" in err and "i3d_torchscript.pt" in err
@@ -110,7 +110,41 @@ def test_with_one_method_its_scores_stand_at_the_top(evaluate, folders):
 def test_given_sketches_take_the_place_of_the_targets(evaluate, folders):
     flags = ("--generated", folders / "same", "--metrics", "sa", "edmd")
     _, found, _ = evaluate(*flags, **{"--sketch": folders / "sketch"})
-    assert found["sa"] > 0 and found["edmd"] > 0
+    assert found["sa"] > 0 and found["edmd"] > 0 and "line art given" in found["pixel_source"]
+
+
+def test_light_lines_on_dark_score_as_dark_ones_on_light(evaluate, folders, tmp_path):
+    for name, clip in CLIPS.items():
+        dark = 255 - np.repeat(clip.sketch[..., None], 3, axis=-1)
+        media_writing.write_video(tmp_path / f"{name}.mkv", dark, 24)
+    flags = ("--generated", folders / "noisy", "--metrics", "sa", "edmd")
+    found = [evaluate(*flags, **{"--sketch": sketch})[1] for sketch in (folders / "sketch", tmp_path)]
+    assert found[0]["methods"] == found[1]["methods"]
+
+
+def test_an_interruption_while_a_clip_is_taken_in_is_not_stored(few, tmp_path):
+    names, files = few
+    store, scorer = evaluation.Store(tmp_path, [1], files.facts), make_scorer(files, ["psnr"])
+
+    def broken(todo):
+        for number, clip in enumerate(files.load(todo)):
+            yield clip
+            if number == 1:
+                scorer.changing = True  # as if left in the middle
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.score_all(scorer, names, broken, store)
+    assert store.read() is None
+
+
+def test_all_clips_that_do_not_do_are_named_before_the_first_is_scored(evaluate, folders, tmp_path):
+    for name, frames in (("a", 3), ("y", 1), ("z", 1)):
+        clip = CLIPS["a"].color[:frames]
+        for kind in ("target", "ours"):
+            media_writing.write_video(tmp_path / kind / f"{name}.mkv", clip, 24)
+    code, found, _ = evaluate("--generated", tmp_path / "ours", **{"--target": tmp_path / "target"})
+    assert code == 2 and all(f"clip {name}" in found["error"]["what"] for name in "yz")
 
 
 @pytest.fixture
@@ -153,16 +187,19 @@ def test_scores_of_other_settings_or_changed_clips_are_not_used(few, tmp_path, c
     evaluation.score_all(make_scorer(files), names, files.load, evaluation.Store(tmp_path, [1], files.facts))
     assert evaluation.Store(tmp_path, [1], files.facts).read() is not None
     assert evaluation.Store(tmp_path, [1], files.facts | {"new": []}).read() is not None
-    assert evaluation.Store(tmp_path, [2], files.facts).read() is None
     assert evaluation.Store(tmp_path, [1], files.facts | {"a": ["another"]}).read() is None
-    assert "not used" in capsys.readouterr().err
+    assert "have changed" in capsys.readouterr().err
+    other = evaluation.Store(tmp_path, [2], files.facts)
+    assert other.read() is None
+    other.write(make_scorer(files), complete=True)
+    assert evaluation.Store(tmp_path, [1], files.facts).read() is not None  # not written over
 
 
 def test_a_damaged_state_is_named(few, tmp_path):
     _, files = few
     store = evaluation.Store(tmp_path, [1], files.facts)
-    (tmp_path / "state" / "part-0-of-1.npz").write_bytes(b"PK\x03\x04 cut off")
-    with pytest.raises(InputError, match="part-0-of-1.npz"):
+    store._path(0).write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(InputError, match="part-0-of-1-"):
         store.read()
 
 
@@ -210,7 +247,11 @@ def test_a_mask_hides_the_background(folders):
         (["--protocol", "lvcd"], "--protocol"),
         (["--protocol", "anidoc-256-fg"], "--mask"),
         (["--mask", "masks"], "--mask"),
-        (["--generated", "target=noisy"], "--generated"),
+        (["--generated", "Target=noisy"], "--generated"),
+        (["--metrics", "fid"], "--metrics"),
+        (["--out", "noisy/report"], "--out"),
+        (["--out", "small.toml"], "small.toml"),
+        (["--data", "dataset"], "--data"),
         (["--networks", "resnet=x"], "--networks"),
         (["--networks", "absent"], "--networks"),
         (["--figures", "z"], "--figures"),

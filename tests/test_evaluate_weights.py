@@ -1,6 +1,7 @@
 """tools/evaluate.py --weights: a dataset's clips are coloured and scored from memory."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_every_clip_of_the_split_is_coloured_and_scored_from_memory(folder, repo
     data = Colored(folder / "weights", folder / "data", "w", ColorConfig(**QUICK), PROTOCOL, folder / "out")
     scores = []
     for name in data.names:
-        written = media.read_video(folder / "out" / "generated" / f"{name}.mkv").frames
+        written = media.read_video(data.folder / f"{name}.mkv").frames
         scores.append(image.psnr(written, data.read_clip("target", name)).mean())
     assert report["psnr"] == pytest.approx(float(np.mean(scores)), abs=1e-4)
     assert (folder / "out" / "report.html").is_file()
@@ -77,28 +78,35 @@ def test_pixels_are_those_of_the_pipeline_alone_on_any_device(folder, report):
         np.repeat(row["sketch"][..., None], 3, -1), row["reference"][0], prompt=row["caption"],
         num_steps=2, guidance_scale=1.0, key=jax.random.key(43),
     )  # fmt: skip
-    written = media.read_video(folder / "out" / "generated" / f"{name}.mkv").frames
+    written = media.read_video(data.folder / f"{name}.mkv").frames
     np.testing.assert_array_equal(written, video)
 
 
-def test_a_finished_evaluation_colours_nothing_again(evaluate, report, monkeypatch):
-    monkeypatch.setattr(Colored, "_make", None)
+def test_a_finished_evaluation_colours_nothing_again(folder, evaluate, report, monkeypatch):
+    monkeypatch.setattr(Colored, "_color", None)
+    assert evaluate()["methods"] == report["methods"]
+    shutil.rmtree(folder / "out" / "state")  # as where other metrics are asked for
     assert evaluate()["methods"] == report["methods"]
 
 
-def test_processes_share_the_clips(folder):
-    config = ColorConfig(steps=2)
+def test_processes_share_the_clips_and_each_can_show_all(folder):
+    config, float_values = ColorConfig(steps=2), Protocol("own", size=(16, 24), values="float")
     parts = [
-        Colored(folder / "weights", folder / "data", "w", config, PROTOCOL, None, process, 2).names
+        Colored(folder / "weights", folder / "data", "w", config, float_values, None, process, 2)
         for process in range(2)
     ]
-    assert parts == [["test-00000", "test-00002"], ["test-00001"]]
+    assert [part.names for part in parts] == [["test-00000", "test-00002"], ["test-00001"]]
+    for part in parts:
+        shown = part.read_clip("target", "test-00000")
+        assert shown.dtype == np.uint8 and shown.shape == (9, 16, 24, 3)
 
 
 def test_what_cannot_be_done_is_refused(folder):
     with pytest.raises(InputError, match="masks"):
         Colored(folder / "weights", folder / "data", "w", ColorConfig(), PRESETS["anidoc-256-fg"], None)
-    with pytest.raises(InputError, match="--steps"):
+    with pytest.raises(InputError, match="called 'sketch'"):
+        Colored(folder / "weights", folder / "data", "sketch", ColorConfig(), PROTOCOL, None)
+    with pytest.raises(InputError, match="--color.steps"):
         ColorConfig(steps=0)
     with pytest.raises(InputError, match="split"):
         Colored(folder / "weights", folder / "data", "w", ColorConfig(split="train"), PROTOCOL, None)

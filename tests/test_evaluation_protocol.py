@@ -1,5 +1,6 @@
 """Protocols, and how folders are matched."""
 
+import av
 import numpy as np
 import pytest
 
@@ -32,6 +33,16 @@ def test_crop_keeps_the_middle_and_stretch_all(fit, columns):
     row = protocol.prepare(ramp)[0, 20, :, 0].astype(float)
     wanted = np.arange(40)[columns]
     assert row[0] == pytest.approx(5 * wanted[0], abs=2) and row[-1] == pytest.approx(5 * wanted[-1], abs=2)
+
+
+def test_any_size_is_cropped_to_any_other():
+    """Rounding must not put the crop outside of the frame."""
+    rng = np.random.default_rng(2)
+    sizes = [(1924, 1996), (1080, 1920), (854, 480), *rng.integers(11, 90, (300, 2)).tolist()]
+    for number, (height, width) in enumerate(sizes):
+        wanted = (320, 512) if number < 3 else tuple(rng.integers(11, 90, 2).tolist())
+        frame = np.zeros((1, height, width), np.uint8)
+        assert Protocol("p", size=wanted).prepare(frame).shape == (1, *wanted)
 
 
 def test_float_values_are_those_of_uint8_before_rounding():
@@ -124,7 +135,9 @@ def test_a_folder_of_images_is_one_clip(tmp_path):
         media_writing.write_video(tmp_path / kind, CLIP, 24)
     (pair,) = match(tmp_path).pairs
     assert (pair.name, pair.frames) == (pairs.ONE_CLIP, 3)
-    assert (pairs.read(pair.target, 2) == CLIP[:2]).all()
+    assert (pairs.read(pair.target, 2, or_more=True) == CLIP[:2]).all()
+    with pytest.raises(InputError, match="3 frames decode"):
+        pairs.read(pair.target, 2)
 
 
 def test_names_that_differ_are_all_listed_or_left_out_on_request(folders):
@@ -157,6 +170,13 @@ def test_other_sizes_are_refused_unless_the_protocol_resizes_them(folders):
         match(folders, protocol=resizing)
 
 
+def test_clips_shorter_than_the_protocol_wants_are_refused(folders):
+    with pytest.raises(InputError, match="3 frames, of 5"):
+        match(folders, protocol=Protocol("p", skip=1, frames=4))
+    found = match(folders, protocol=Protocol("p", skip=1, frames=4), partial=True)
+    assert len(found.notes) == 2 and "2 of the protocol's 4" in found.notes[0]
+
+
 def test_one_mask_serves_all_frames(folders):
     for name in "ab":
         media_writing.write_video(folders / "masks" / f"{name}.mkv", CLIP[:1], 24)
@@ -173,6 +193,18 @@ def test_folders_that_hold_no_clips_are_refused(folders, tmp_path):
     (folders / "ours" / "a.mp4").write_bytes(b"")
     with pytest.raises(InputError, match="two clips are called 'a'"):
         pairs.list_clips(folders / "ours")
+
+
+def test_a_probe_counts_reordered_frames(tmp_path):
+    """Matroska gives no decoding time for the first of them."""
+    with av.open(tmp_path / "a.mkv", "w") as container:
+        stream = container.add_stream("libx264", 24, options={"bf": "3", "b-adapt": "0"})
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for number in range(11):
+            frame = np.full((32, 48, 3), 20 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    assert pairs.probe(tmp_path / "a.mkv").frames == 11 == len(media.read_video(tmp_path / "a.mkv").frames)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.gif", "a"])

@@ -49,8 +49,10 @@ def run(args):
         networks |= untrained_networks(list(skipped))
         for metric in skipped:
             print(f"{metric}: {NETWORKS[metric]} with random weights", file=sys.stderr)
+            hashes[NETWORKS[metric]] = {"none": "random weights"}
         skipped = {}
     used = [metric for metric in metrics if metric not in skipped]
+    protocol = dataclasses.replace(protocol, values="uint8")
     prepared = dataclasses.replace(protocol, skip=0, frames=0)
     scorer = Scorer(prepared, used, list(sensitivity.VERSIONS), networks)
     for name, path in tqdm(clips.items(), desc="clips", disable=not sys.stderr.isatty()):

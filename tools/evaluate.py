@@ -67,26 +67,33 @@ def run(args):
     share = _share(args)
     clips = _clips(args, protocol, share)
     if args.out is not None:
-        evaluation.check_out(args.out)
+        folders = getattr(clips, "folders", ())
+        evaluation.check_out(args.out, folders)
     unknown = [name for name in args.figures if name not in clips.facts]
     if unknown:
         raise InputError(f"{', '.join(unknown)}", where="--figures", expected="names of clips")
     networks, hashes, skipped = load_networks(metrics, _networks(args.networks))
     for metric, reason in skipped.items():
         print(f"{metric} is skipped: {reason}", file=sys.stderr)
-    for note in getattr(clips, "notes", ()):
+    for note in clips.notes:
         print(note, file=sys.stderr)
     used = [metric for metric in metrics if metric not in skipped]
+    if not used:
+        reasons = "; ".join(dict.fromkeys(skipped.values()))
+        raise InputError(reasons, where="--metrics", expected="a metric whose network is there")
     scorer, store = Scorer(protocol, used, clips.methods, networks), None
+    clips.check(scorer)
     if args.out is not None:
-        settings = [
-            dataclasses.asdict(protocol), used, clips.methods, hashes, getattr(clips, "settings", None)
-        ]
+        settings = [dataclasses.asdict(protocol), used, clips.methods, hashes, clips.settings]
+        settings += [evaluation.versions()]
         store = evaluation.Store(args.out, settings, clips.facts, *share)
     names = sorted(clips.facts)[share[0] :: share[1]]
     scorer = evaluation.score_all(scorer, names, clips.load, store)
     if scorer is None:
-        print("the other processes are not finished; the last one writes the report", file=sys.stderr)
+        print(
+            "not all processes have finished with these clips and flags; the last one writes the report",
+            file=sys.stderr,
+        )
         return {"protocol": protocol.name, "clips": len(names), "methods": {}, "skipped": skipped}, True
     command = shlex.join(["python", *sys.argv])
     result = evaluation.make_result(
@@ -96,7 +103,7 @@ def run(args):
     if args.out is not None:
         evaluation.write_outputs(result, protocol, args.out, clips, args.figures)
         print(args.out / "report.html")
-    return evaluation.as_json(result, protocol), True
+    return evaluation.as_json(result, protocol, clips.notes), True
 
 
 def _share(args):
@@ -121,10 +128,12 @@ def _clips(args, protocol, share):
     if args.weights is None:
         if args.target is None:
             raise InputError("is missing", where="--target", expected="the folder of the true clips")
+        if args.data or args.color != ColorConfig():
+            raise InputError("is given", where="--data, --color", expected="--weights with it")
         methods = evaluation.parse_methods(args.generated)
         return evaluation.Files(methods, args.target, args.sketch, args.mask, protocol, args.partial)
-    for name in ("target", "sketch", "mask"):
-        if getattr(args, name) is not None:
+    for name in ("target", "sketch", "mask", "partial"):
+        if getattr(args, name):
             raise InputError("is given", where=f"--{name}", expected="--data alone, with --weights")
     if not args.data:
         raise InputError("is missing", where="--data", expected="a dataset of tools/prepare_data.py")
@@ -137,7 +146,7 @@ def _networks(texts):
     """{network: path} of --networks."""
     known, paths = sorted(set(NETWORKS.values())), {}
     for text in texts:
-        name, _, path = text.rpartition("=")
+        name, _, path = ("", "", text) if Path(text).exists() else text.rpartition("=")
         if name and name not in known:
             raise InputError(f"{name!r}", where="--networks", expected=f"one of {', '.join(known)}")
         if not Path(path).exists():

@@ -1,15 +1,15 @@
 """Colours the clips of a dataset's split, to be scored from memory.
 
 Every device of this host has networks of its own and colours a clip by itself, so that a clip's pixels do not
-depend on how many devices there are. Results are also written as lossless video, for the report and to go on
-from.
+depend on how many devices there are. Results are also written as lossless video, OUT/generated/HASH/NAME.mkv,
+for the report, and so that nothing is coloured twice; HASH is that of weights, data and numbers.
 """
 
 import queue
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from animecolor_jax import media, media_writing
 from animecolor_jax.config import CONFIG_CLASSES
 from animecolor_jax.errors import InputError
+from animecolor_jax.evaluation.run import check_method, digest
 from animecolor_jax.pipeline import NEGATIVE_PROMPT, Pipeline
 from animecolor_jax.weights import Weights
 
@@ -46,8 +47,9 @@ class ColorConfig:
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("stride", 1), ("clips", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{getattr(self, name)}", where=f"--{name}", expected=f"{least} or more")
+            value = getattr(self, name)
+            if value < least:
+                raise InputError(f"{value}", where=f"--color.{name}", expected=f"{least} or more")
 
 
 class Colored:
@@ -57,7 +59,7 @@ class Colored:
         names: ids of the clips of this process.
     """
 
-    has_sketches = True
+    has_sketches, notes = True, ()
 
     def __init__(self, weights, data, method, config, protocol, out, process=0, processes=1):
         """
@@ -68,7 +70,7 @@ class Colored:
         Raises:
             InputError: a network is missing, or the dataset has no clips in the split.
         """
-        self.config, self.protocol, self.methods = config, protocol, [method]
+        self.config, self.protocol, self.methods = config, protocol, [check_method(method)]
         if protocol.mask:
             raise InputError(
                 f"protocol {protocol.name} needs masks, which datasets do not have", where="--protocol",
@@ -76,17 +78,16 @@ class Colored:
             )  # fmt: skip
         self.weights = Weights(weights)
         self.weights.require(*CONFIG_CLASSES)
-        self.folder = None if out is None else Path(out) / "generated"
         from data_pipeline import records  # TFDS, which the scoring of files does not need
 
         self._clips = records.open_clips(str(data))
         self._steps = self._open().num_batches
         total = min(config.clips or self._steps, self._steps)
         # the order of evaluation does not change, so a step is a clip for ever
-        self._step_of = {self._name(step): step for step in range(process, total, processes)}
-        self.every = [self._name(step) for step in range(total)]
-        self.names = list(self._step_of)
-        self.pixel_source = f"target, {method}: memory (colours before any encoding)"
+        self._step_of = {self._name(step): step for step in range(total)}
+        self.names = list(self._step_of)[process::processes]
+        self.folder = None if out is None else Path(out) / "generated" / digest(self.settings)[:8]
+        self.pixel_source = f"target stored video; {method} memory; line art of the targets"
         self._free, self._pipelines, self._lock = queue.SimpleQueue(), {}, threading.Lock()
         for device in jax.local_devices():
             self._free.put(device)
@@ -103,13 +104,16 @@ class Colored:
     def settings(self):
         """What all scores depend on: weights, data and numbers."""
         files = sorted(self.weights.directory.glob("*.safetensors"))
-        stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return [str(self.weights.directory), stamps, self._clips.info["digest"], asdict(self.config)]
+        stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        return [stamps, self._clips.info["digest"], asdict(self.config)]
 
     @property
     def facts(self):
         """{clip of any process: what its scores depend on}; all is in `settings`."""
-        return dict.fromkeys(self.every)
+        return dict.fromkeys(self._step_of)
+
+    def check(self, scorer):
+        """Nothing: clips of a dataset are as long and large as their buckets."""
 
     def load(self, names):
         """Yields (name, arguments of `Scorer.add`) as clips are finished, some in advance."""
@@ -142,11 +146,21 @@ class Colored:
 
     def _make(self, name, row):
         """Arguments of `Scorer.add` of one clip, coloured on a device that has nothing to do."""
+        file = None if self.folder is None else self.folder / f"{name}.mkv"
+        if file is not None and file.is_file():
+            video = media.read_video(file).frames
+        else:
+            video = self._color(row)
+            if file is not None:
+                media_writing.write_video(file, video, float(row["fps"]))
+        return {"target": row["video"], "generated": {self.methods[0]: video}, "sketch": row["sketch"]}
+
+    def _color(self, row):
         device, config = self._free.get(), self.config
         try:
             with jax.default_device(device):
                 pipeline = self._pipeline(device)
-                video = pipeline(
+                return pipeline(
                     np.repeat(row["sketch"][..., None], 3, axis=-1), row["reference"][0],
                     prompt=row["caption"], negative_prompt=config.negative_prompt, num_steps=config.steps,
                     guidance_scale=config.guidance, sampler=config.sampler, key=jax.random.key(config.seed),
@@ -154,9 +168,6 @@ class Colored:
                 )  # fmt: skip
         finally:
             self._free.put(device)
-        if self.folder is not None:
-            media_writing.write_video(self.folder / f"{name}.mkv", video, float(row["fps"]))
-        return {"target": row["video"], "generated": {self.methods[0]: video}, "sketch": row["sketch"]}
 
     def _pipeline(self, device):
         with self._lock:  # one reads the files at a time
@@ -170,4 +181,5 @@ class Colored:
             clip = self._read(name)["video" if kind == "target" else kind]
         else:
             clip = media.read_video(self.folder / f"{name}.mkv").frames
-        return self.protocol.prepare(self.protocol.choose(clip))
+        protocol = replace(self.protocol, values="uint8")
+        return protocol.prepare(protocol.choose(clip))

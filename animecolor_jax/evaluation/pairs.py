@@ -40,6 +40,8 @@ class Pair:
     sketch: Path | None
     mask: Path | None
     frames: int
+    size: tuple[int, int]
+    """(height, width) of the target."""
 
 
 class Matched(NamedTuple):
@@ -96,19 +98,22 @@ def match(generated, target, sketch, mask, protocol, partial=False):
         counted = _frame_counts(probes)
         if len(set(counted.values())) > 1 and partial:
             notes.append(f"{name}: the first {frames} frames, which all have ({_counts(counted)})")
+        if protocol.num_frames(frames) < protocol.frames and partial:
+            notes.append(f"{name}: {protocol.num_frames(frames)} of the protocol's {protocol.frames} frames")
         for kind, kinds in sources.items():
             kinds.add(probes[kind].source)
+        size = probes["target"].height, probes["target"].width
         pairs.append(
             Pair(
                 name, paths["target"], {method: paths[method] for method in generated},
-                paths.get("sketch"), paths.get("mask"), frames,
+                paths.get("sketch"), paths.get("mask"), frames, size,
             )  # fmt: skip
         )
     if problems:
         raise InputError(
             f"{len(problems)} differences:\n" + _listing(problems), where=str(target),
             expected="as many frames in every folder, and one shape of picture",
-            fix="mend the clips, or score the frames that all have with --partial",
+            fix="mend the clips; --partial scores the frames that all have",
         )  # fmt: skip
     return Matched(pairs, notes, sources)
 
@@ -120,8 +125,9 @@ def _compare(name, probes, protocol, partial):
     frames = min(counted.values())
     if len(set(counted.values())) > 1 and not partial:
         problems.append(f"{name}: frames: {_counts(counted)}")
-    elif protocol.num_frames(frames) < 1:
-        problems.append(f"{name}: {frames} frames, of which the protocol skips {protocol.skip}")
+    elif protocol.num_frames(frames) < max(1, 0 if partial else protocol.frames):
+        needed = protocol.skip + max(1, protocol.frames)
+        problems.append(f"{name}: {frames} frames, of {needed} that the protocol takes")
     for kind, probed in probes.items():
         same = (probed.height, probed.width) == (target.height, target.width)
         ratio = probed.width / probed.height / (target.width / target.height)
@@ -197,20 +203,29 @@ def probe(path):
     if image is not None:
         with image:
             return Probe(getattr(image, "n_frames", 1), height, width, image.format.lower())
-    with av.open(f"file:{path}") as container:
+    with media._open_container(path) as container:
         video = media._video_stream(container, path)
-        packets = (packet for packet in container.demux(video) if packet.dts is not None)
-        count = sum(not packet.is_discard for packet in packets)
-        return Probe(count, height, width, video.codec_context.name)
+        codec = video.codec_context.name
+        try:
+            count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(video))
+        except av.FFmpegError as error:
+            raise InputError(f"is damaged: {error}", where=path, expected="a whole video") from error
+    if codec == "vp8":  # has packets that are not shown
+        count = len(media.read_video(path).frames)
+    return Probe(count, height, width, codec)
 
 
-def read(path, frames, or_one=False):
-    """The first `frames` frames of a clip, or with `or_one` its only one; [T, H, W, 3] uint8.
+def read(path, frames, *, or_one=False, or_more=False):
+    """The `frames` frames of a clip, [T, H, W, 3] uint8.
+
+    Args:
+        or_one: it may have a single one instead. or_more: the first of more frames.
 
     Raises:
-        InputError: fewer decode, or the file is damaged.
+        InputError: another number decodes, or the file is damaged.
     """
     clip = media.read_video(path).frames
-    if len(clip) < frames and not (or_one and len(clip) == 1):
+    wrong = len(clip) < frames or (len(clip) > frames and not or_more)
+    if wrong and not (or_one and len(clip) == 1):
         raise InputError(f"{len(clip)} frames decode", where=path, expected=f"{frames}", fix="make it again")
     return clip[:frames]

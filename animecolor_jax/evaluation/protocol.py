@@ -71,7 +71,8 @@ class Protocol:
         for field, known in (
             ("fit", FITS), ("filter", FILTERS), ("values", VALUES), ("extractor", EXTRACTORS),
         ):  # fmt: skip
-            require(getattr(self, field) in known, field, f"one of {', '.join(known)}")
+            value = getattr(self, field)
+            require(isinstance(value, str) and value in known, field, f"one of {', '.join(known)}")
         for field in ("skip", "frames", "clip_length"):
             value = getattr(self, field)
             require(type(value) is int and value >= 0, field, "a number of frames, 0 or more")
@@ -160,6 +161,8 @@ def read_protocol(path):
             values = tomllib.load(file)
     except FileNotFoundError:
         raise InputError("does not exist", where=path, expected="a TOML file") from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error}", where=path, expected="a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(
             f"is not TOML: {error}", where=path, expected='lines such as size = "320x512"'
@@ -193,9 +196,9 @@ def resize_frames(clip, size, fit, filter, values):
     box = None
     if fit == "crop":
         scale = max(size[0] / height, size[1] / width)
-        inner = size[1] / scale, size[0] / scale
+        inner = min(size[1] / scale, width), min(size[0] / scale, height)  # rounded, it may be larger
         left, top = (width - inner[0]) / 2, (height - inner[1]) / 2
-        box = (left, top, left + inner[0], top + inner[1])
+        box = (left, top, min(left + inner[0], width), min(top + inner[1], height))
     resize = {"size": (size[1], size[0]), "resample": FILTERS[filter], "box": box}
     if values == "uint8":
         return np.stack([np.asarray(Image.fromarray(frame).resize(**resize)) for frame in clip])

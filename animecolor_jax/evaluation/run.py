@@ -1,6 +1,6 @@
 """An evaluation from its first clip to its report: stored in between, shared by processes, written out.
 
-    OUT/state/part-I-of-N.npz   what process I has scored; taken up by the same command
+    OUT/state/part-I-of-N-*.npz what process I has scored; taken up by the same command
     OUT/result.json             all scores of sets, means, intervals, provenance
     OUT/clips.parquet           every score of every clip
     OUT/table.md, table.tex     the paper's columns first
@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from animecolor_jax import canvas
 from animecolor_jax.errors import InputError
 from animecolor_jax.evaluation import figures, pairs, report, tables
 from animecolor_jax.evaluation.results import METRICS, Result
@@ -46,16 +48,25 @@ def parse_methods(texts):
     """`["ours=DIR", "other/"]` -> {"ours": Path, "other": Path}; InputError for two of one name."""
     methods = {}
     for text in texts:
-        name, _, folder = text.rpartition("=")
-        path = Path(folder)
-        name = name or path.resolve().name
-        if name in methods or name in ("target", "sketch", "mask"):
+        name, _, folder = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
+        name = name or Path(folder).resolve().name
+        if name in methods:
             raise InputError(
-                f"{name!r}" + (" twice" if name in methods else " is a name of ours"), where="--generated",
-                expected="a name of its own for every method", fix=f"write NAME={folder}",
+                f"{name!r} twice", where="--generated", expected="a name of its own for every method",
+                fix=f"write NAME={folder}",
             )  # fmt: skip
-        methods[name] = path
+        methods[check_method(name)] = Path(folder)
     return methods
+
+
+def check_method(name):
+    """`name`, unless pictures show something else under it: InputError."""
+    if name.lower() in ("target", "sketch", "mask"):
+        raise InputError(
+            f"a method called {name!r}", where="--generated", expected="another name",
+            fix=f"write my-{name}=DIR, or rename the folder of weights",
+        )  # fmt: skip
+    return name
 
 
 class Store:
@@ -72,11 +83,17 @@ class Store:
                 scores depend on}. What was stored with others is not used.
         """
         self.folder, self.process, self.processes = Path(out) / "state", process, processes
-        self.settings, self.facts = _digest(settings), {clip: _digest(fact) for clip, fact in facts.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # the clips of a process are a share of all: another set of clips makes other shares
+        settings = [settings, processes > 1 and sorted(facts)]
+        self.settings, self.facts = digest(settings), {clip: digest(fact) for clip, fact in facts.items()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot be made: {error}", where=out, expected="a new folder") from error
 
     def _path(self, process):
-        return self.folder / f"part-{process}-of-{self.processes}.npz"
+        """Other settings have files of their own, which are left alone."""
+        return self.folder / f"part-{process}-of-{self.processes}-{self.settings[:8]}.npz"
 
     def read(self, process=None):
         """(state, whether it is complete) of a process, default this one; None where there is none."""
@@ -94,7 +111,7 @@ class Store:
         if settings == self.settings and all(self.facts.get(clip) == fact for clip, fact in facts.items()):
             return state, complete
         if process is None:
-            print(f"{path}: scores of other clips, networks or settings; they are not used", file=sys.stderr)
+            print(f"{path}: clips that were scored have changed; all are scored again", file=sys.stderr)
         return None
 
     def write(self, scorer, complete):
@@ -110,7 +127,8 @@ class Store:
         return [state for state, _ in found] if all(part and part[1] for part in found) else None
 
 
-def _digest(values):
+def digest(values):
+    """Hash of JSON values as hexadecimal digits."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -141,7 +159,7 @@ def score_all(scorer, names, load, store=None):
                     store.write(scorer, complete=False)
                     stored = time.monotonic()
         except BaseException:
-            if store is not None:
+            if store is not None and not scorer.changing:
                 store.write(scorer, complete=False)
             raise
     if store is None:
@@ -174,14 +192,31 @@ class Files:
                 fix="use --protocol anidoc-256-fg, or a file with mask = true",
             )  # fmt: skip
         matched = pairs.match(generated, target, sketch, mask, protocol, partial)
-        self.protocol, self.methods, self.notes = protocol, list(generated), matched.notes
+        self.protocol, self.methods, self.partial = protocol, list(generated), partial
+        self.notes, self.settings = matched.notes, None
         self.pairs = {pair.name: pair for pair in matched.pairs}
-        self.has_sketches = sketch is not None
+        self.has_sketches, self.folders = sketch is not None, [target, *generated.values(), sketch, mask]
         self.pixel_source = "; ".join(
             f"{kind} {'+'.join(sorted(sources))}" for kind, sources in matched.sources.items()
-        )
+        ) + f"; line art {'given' if self.has_sketches else 'of the targets'}"
 
-    @property
+    def check(self, scorer):
+        """Raises one InputError with all clips that are too short or small for what is to be scored."""
+        problems = []
+        for name, pair in self.pairs.items():
+            shape = self.protocol.num_frames(pair.frames), *(self.protocol.size or pair.size)
+            try:
+                scorer.check(name, shape)
+            except InputError as error:
+                problems.append(error)
+        if problems:
+            listed = "; ".join(f"{error.where}: {error.what}" for error in problems[: pairs.LISTED])
+            raise InputError(
+                f"{len(problems)} clips: {listed}", where="--metrics", expected=problems[0].expected,
+                fix=problems[0].fix,
+            )  # fmt: skip
+
+    @functools.cached_property
     def facts(self):
         """{clip: what its scores depend on}: every file with its size and time of change."""
 
@@ -189,7 +224,8 @@ class Files:
             if path is None:
                 return None
             files = sorted(path.iterdir()) if path.is_dir() else [path]
-            return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            files = [file for file in files if not file.name.startswith(".")]
+            return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
         return {
             name: [pair.frames, *map(facts, (pair.target, *pair.generated.values(), pair.sketch, pair.mask))]
@@ -207,20 +243,30 @@ class Files:
                 yield name, clip
 
     def _read(self, name):
-        pair, frames = self.pairs[name], self.pairs[name].frames
+        pair = self.pairs[name]
+
+        def read(path, **options):
+            return pairs.read(path, pair.frames, or_more=self.partial, **options)
+
         return {
-            "target": pairs.read(pair.target, frames),
-            "generated": {method: pairs.read(path, frames) for method, path in pair.generated.items()},
-            "sketch": None if pair.sketch is None else to_grey(pairs.read(pair.sketch, frames)),
-            "mask": None if pair.mask is None else to_grey(pairs.read(pair.mask, frames, or_one=True)),
+            "target": read(pair.target),
+            "generated": {method: read(path) for method, path in pair.generated.items()},
+            "sketch": None if pair.sketch is None else to_grey(_dark_lines(read(pair.sketch))),
+            "mask": None if pair.mask is None else to_grey(read(pair.mask, or_one=True)),
         }
 
     def read_clip(self, kind, name):
         """The frames of a method, "target" or "sketch" as they are scored, without a mask."""
         pair = self.pairs[name]
         path = {"target": pair.target, "sketch": pair.sketch, **pair.generated}[kind]
+        clip = pairs.read(path, pair.frames, or_more=self.partial)
         protocol = dataclasses.replace(self.protocol, values="uint8")
-        return protocol.prepare(protocol.choose(pairs.read(path, pair.frames)))
+        return protocol.prepare(protocol.choose(_dark_lines(clip) if kind == "sketch" else clip))
+
+
+def _dark_lines(sketch):
+    """Line art as dark lines on white, as `colorize` takes it."""
+    return canvas.normalise_polarity(sketch)[0]
 
 
 def make_result(scorer, protocol, metrics, skipped, hashes, pixel_source, command):
@@ -234,10 +280,15 @@ def make_result(scorer, protocol, metrics, skipped, hashes, pixel_source, comman
         methods=scorer.result(),
         skipped=skipped,
         networks=hashes,
-        versions={name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
+        versions=versions(),
         command=command,
         clip_frames=dict(scorer.scored),
     )
+
+
+def versions():
+    """{package: version} of what scores depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
 
 
 def _installed(package):
@@ -248,21 +299,29 @@ def _installed(package):
     return True
 
 
-def as_json(result, protocol):
+def as_json(result, protocol, notes=()):
     """`Result.as_json` with the protocol's name alone and every metric there is, null without a value."""
     found = result.as_json()
     asked = found["skipped"] | {name: NOT_ASKED for name in METRICS if name not in result.shown}
     rows = {name: dict.fromkeys(METRICS) | row for name, row in found["methods"].items()}
     top = next(iter(rows.values())) if len(rows) == 1 else {}
     facts = {"protocol": protocol.name, "protocol_details": dataclasses.asdict(protocol)}
+    facts["notes"] = list(notes)
     return found | facts | {"methods": rows, "skipped": asked} | top
 
 
-def check_out(out):
-    """Checks, before any clip is scored, that an evaluation can be written to the folder `out`."""
+def check_out(out, inside=()):
+    """Checks, before any clip is scored, that an evaluation can be written to the folder `out`.
+
+    Args:
+        inside: folders of clips, of which it would be one.
+    """
     for package in ("matplotlib", "pyarrow"):
         if not _installed(package):
             raise tables.missing_extra(package, "--out")
+    for folder in inside:
+        if folder is not None and Path(out).resolve().is_relative_to(Path(folder).resolve()):
+            raise InputError(f"lies in {folder}", where=f"--out {out}", expected="a folder beside the clips")
     report.check_report(Path(out) / "report.html")
 
 
@@ -270,12 +329,12 @@ def write_outputs(result, protocol, out, clips, shown=()):
     """Writes everything but the state into the folder `out`.
 
     Args:
-        clips: has `read_clip(kind, name)`, `has_sketches` and `methods`.
+        clips: has `read_clip(kind, name)`, `has_sketches`, `methods` and `notes`.
         shown: names of clips of which figures are drawn; default: the first.
     """
     out = Path(out)
     for name, text in (
-        ("result.json", json.dumps(as_json(result, protocol), indent=1, allow_nan=False)),
+        ("result.json", json.dumps(as_json(result, protocol, clips.notes), indent=1, allow_nan=False)),
         ("table.md", tables.markdown(result)),
         ("table.tex", tables.latex(result)),
     ):

@@ -60,6 +60,7 @@ class Scorer:
 
     Attributes:
         scored: {clip: number of frames}, in the order of their coming.
+        changing: whether `add` was left while it took in a clip, so that `state` is of no use.
     """
 
     def __init__(self, protocol, metrics, methods, networks):
@@ -71,7 +72,7 @@ class Scorer:
         self.protocol, self.metrics, self.methods = protocol, list(metrics), list(methods)
         self._mesh = make_mesh(data=jax.local_device_count(), devices=jax.local_devices())
         self.networks = jax.device_put(networks, NamedSharding(self._mesh, P()))
-        self.scored = {}
+        self.scored, self.changing = {}, False
         self._rows = {}  # clip -> {method: {metric: value, or list over frames}}
         self._moments = {
             metric: {side: Moments() for side in (TARGET, *methods)} for metric in metrics if metric in _SETS
@@ -141,12 +142,14 @@ class Scorer:
                 if "tc_dis" in self.metrics:
                     ratio = flows[method].result()
                     rows[method]["tc_dis"] = ratio if math.isfinite(ratio) else None  # a still target
-        # nothing above changed what is kept, so that an interruption loses this clip only
+        # Nothing above changed what is kept. An interruption below leaves it half changed.
+        self.changing = True
         for side, found in features.items():
             for metric, values in found.items():
                 self._moments[metric][side].add(values)
         self._rows[name] = rows
         self.scored[name] = len(truth)
+        self.changing = False
 
     def _lines(self, prepared, sketch, mask):
         """{side: line art [T, H, W] uint8}; what is compared with stands under TARGET."""

@@ -97,4 +97,5 @@ def _interval(values, mean, confidence, resamples, seed):
         method="BCa",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    low, high = float(found.low), float(found.high)
+    return (low, high) if math.isfinite(low + high) else None
