@@ -78,11 +78,7 @@ def distance_map_rmse(generated_sketch, sketch, threshold=LINE_THRESHOLD):
     lines = [x < threshold * (255 if x.dtype == np.uint8 else 1) for x in pair]
     lead, size = lines[0].shape[:-2], lines[0].shape[-2:]
     flat = (x.reshape(-1, *size) for x in lines)
-    # OpenCV's last bits depend on where an array lies in memory, which would set equal lines apart
-    scores = [
-        0.0 if np.array_equal(a, b) else _rms(distance_map(a) - distance_map(b))
-        for a, b in zip(*flat, strict=True)
-    ]
+    scores = [_rms(distance_map(a) - distance_map(b)) for a, b in zip(*flat, strict=True)]
     return np.asarray(scores).reshape(lead)
 
 
@@ -91,7 +87,9 @@ def distance_map(lines):
     if not lines.any():
         return np.full(lines.shape, np.hypot(*lines.shape))
     paper = (~lines).view(np.uint8)
-    return cv2.distanceTransform(paper, cv2.DIST_L2, cv2.DIST_MASK_PRECISE).astype(np.float64)
+    found = cv2.distanceTransform(paper, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    # Squares are integers. OpenCV's last bits depend on where an array lies in memory.
+    return np.sqrt(np.rint(np.square(found, dtype=np.float64)))
 
 
 def _rms(values):
