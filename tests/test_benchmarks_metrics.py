@@ -27,6 +27,7 @@ def test_pixel_counterparts_equal_ours(frames):
         np.testing.assert_allclose(found, theirs[name]().numpy(), rtol=0, atol=error)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_counterparts_equal_ours(name, frames):

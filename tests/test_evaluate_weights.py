@@ -13,7 +13,7 @@ import small_datasets
 from animecolor_jax import cli, media
 from animecolor_jax.config import preset
 from animecolor_jax.errors import InputError
-from animecolor_jax.evaluation.generate import ColorConfig, Colored
+from animecolor_jax.evaluation.generate import ColorConfig, Colored, method_name
 from animecolor_jax.evaluation.protocol import PRESETS, Protocol
 from animecolor_jax.metrics import image
 from animecolor_jax.pipeline import Pipeline
@@ -99,6 +99,13 @@ def test_processes_share_the_clips_and_each_can_show_all(folder):
     for part in parts:
         shown = part.read_clip("target", "test-00000")
         assert shown.dtype == np.uint8 and shown.shape == (9, 16, 24, 3)
+
+
+def test_weights_are_called_as_their_folder_or_their_run(tmp_path):
+    assert method_name(tmp_path / "stage4" / "weights") == "weights"
+    (tmp_path / "stage4").mkdir()
+    (tmp_path / "stage4" / "run.json").write_text("{}")
+    assert method_name(tmp_path / "stage4" / "weights") == "stage4"
 
 
 def test_what_cannot_be_done_is_refused(folder):

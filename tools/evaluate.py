@@ -17,7 +17,7 @@ from animecolor_jax import cli
 from animecolor_jax.errors import InputError
 from animecolor_jax.evaluation import run as evaluation
 from animecolor_jax.evaluation import tables
-from animecolor_jax.evaluation.generate import ColorConfig, Colored
+from animecolor_jax.evaluation.generate import ColorConfig, Colored, method_name
 from animecolor_jax.evaluation.protocol import find_protocol
 from animecolor_jax.evaluation.score import NETWORKS, Scorer, load_networks
 
@@ -138,8 +138,7 @@ def _clips(args, protocol, share):
     if not args.data:
         raise InputError("is missing", where="--data", expected="a dataset of tools/prepare_data.py")
     cli.check_dtype(args.color.dtype)
-    method = args.weights.resolve().name
-    return Colored(args.weights, args.data, method, args.color, protocol, args.out, *share)
+    return Colored(args.weights, args.data, method_name(args.weights), args.color, protocol, args.out, *share)
 
 
 def _networks(texts):

@@ -52,6 +52,13 @@ class ColorConfig:
                 raise InputError(f"{value}", where=f"--color.{name}", expected=f"{least} or more")
 
 
+def method_name(weights):
+    """What the colouring by a weights directory is called: the directory's name, or that of the training run
+    which it lies in."""
+    folder = Path(weights).resolve()
+    return folder.parent.name if (folder.parent / "run.json").exists() else folder.name
+
+
 class Colored:
     """The clips of a split with what the networks make of them; `Files`' counterpart.
 
