@@ -3,12 +3,9 @@
 Writing is atomic: a name appears only when all of the file is there.
 """
 
-import contextlib
 import math
 import os
 import re
-import shutil
-import uuid
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +17,7 @@ from PIL import Image
 
 from animecolor_jax.errors import InputError
 from animecolor_jax.media import SCALING
+from animecolor_jax.replacing import replacing
 
 
 @dataclass(frozen=True)
@@ -113,37 +111,13 @@ def write_video(path, frames, fps):
         raise ValueError(
             f"frames are {frames.dtype} {frames.shape}, expected uint8 [T, H, W, 3], none of them 0"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _atomic(path) as partial:
+    with replacing(path) as partial:
         if path.suffix:
             _encode(partial, frames, _exact_rate(fps), _ENCODINGS[path.suffix.lower()])
         else:
             partial.mkdir()
             for index, frame in enumerate(frames):
                 Image.fromarray(frame).save(partial / f"{index:05d}.png")
-
-
-@contextlib.contextmanager
-def _atomic(path):
-    """A hidden name beside `path` that takes its place at the end, or is removed on any exception."""
-    mark = uuid.uuid4().hex[:8]
-    partial = path.with_name(f".{path.stem}-{mark}{path.suffix}")
-    old = path.with_name(f".{path.stem}-{mark}-old")
-    try:
-        yield partial
-        if path.is_dir():  # a folder cannot be replaced in one step, only moved away
-            os.replace(path, old)
-        os.replace(partial, path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        raise
-    finally:
-        for leftover in (partial, old):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink(missing_ok=True)
 
 
 def _exact_rate(fps):

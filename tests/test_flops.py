@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
+from whole_network_stages import STAGES
 
 from animecolor_jax import flops
 from animecolor_jax.config import preset
@@ -21,15 +22,6 @@ TINY = preset("tiny")
 LATENTS, REFERENCE = (3, 4, 8), (4, 6)  # latent sizes of clip and reference
 VIDEO, TEXT = flops.tokens_of(TINY.denoiser, LATENTS), TINY.denoiser.text_length
 PATCHES = 2 * 3  # of a reference, 16 pixels each
-STAGES = {
-    name: StageConfig(name, ((trained, True), (".*", False)), ("text", "sketch", *conditions))
-    for name, trained, conditions in (
-        ("sketch", "denoiser/.*", ()),
-        ("hce", "hce/.*", ("hce",)),
-        ("lcg", "lcg/.*", ("lcg",)),
-        ("joint", "denoiser/.*", ("hce", "lcg")),
-    )
-}
 
 
 INTERVAL = preset("tiny").hce.interval

@@ -7,27 +7,19 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from whole_network_stages import STAGES
 
 from animecolor_jax import sharding
 from animecolor_jax.config import preset
 from animecolor_jax.errors import InputError
 from animecolor_jax.train import memory, state
-from animecolor_jax.train.config import ComputeConfig, OptimizerConfig, StageConfig, TrainConfig
+from animecolor_jax.train.config import ComputeConfig, OptimizerConfig, TrainConfig
 from animecolor_jax.train.optimizer import make_optimizer
 from animecolor_jax.train.parts import Parts
 from animecolor_jax.train.step import Objective, make_train_step
 from data_pipeline.dataset import DataConfig
 from data_pipeline.shapes import Bucket
 
-STAGES = {
-    name: StageConfig(name, ((trained, True), (".*", False)), ("text", "sketch", *conditions))
-    for name, trained, conditions in (
-        ("sketch", "denoiser/.*", ()),
-        ("hce", "hce/.*", ("hce",)),
-        ("lcg", "lcg/.*", ("lcg",)),
-        ("joint", "denoiser/.*", ("hce", "lcg")),
-    )
-}
 LATENTS = (5, 32, 32)
 GIB = 2**30
 

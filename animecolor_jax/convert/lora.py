@@ -249,17 +249,14 @@ def _compare_alphas(problems, alphas, layers, specs):
 
 
 def _require_match(problems, config, rank, where):
-    if problems:
-        lists = "; ".join(
-            f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in problems._asdict().items() if keys
-        )
-        raise InputError(
-            f"the adapters do not fit: {lists}",
-            where=where,
-            expected=f"adapters of rank {rank}, the file's most frequent one, of q, k, v and out in the "
-            f"attention of {config.num_layers} blocks of width {config.dim}, and nothing else",
-            fix="train adapters of exactly these layers, on a denoiser of this size",
-        )
+    rules.require_match(
+        problems,
+        where=where,
+        what="the adapters do not fit",
+        expected=f"adapters of rank {rank}, the file's most frequent one, of q, k, v and out in the "
+        f"attention of {config.num_layers} blocks of width {config.dim}, and nothing else",
+        fix="train adapters of exactly these layers, on a denoiser of this size",
+    )
 
 
 def _alpha(values, header, rank, where):

@@ -201,15 +201,17 @@ def stored_key(rules, key, present):
     return next((name for name in names if name in present), None)
 
 
-def require_match(problems, *, where):
+def require_match(
+    problems,
+    *,
+    where,
+    what="the checkpoint does not fit",
+    expected="exactly the keys and shapes that its config.json describes",
+    fix="check that config.json belongs to these weights and that no shard is missing",
+):
     """Raises one InputError that lists every missing, unexpected and misshapen key."""
     if problems:
         lists = "; ".join(
             f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in problems._asdict().items() if keys
         )
-        raise InputError(
-            f"the checkpoint does not fit: {lists}",
-            where=where,
-            expected="exactly the keys and shapes that its config.json describes",
-            fix="check that config.json belongs to these weights and that no shard is missing",
-        )
+        raise InputError(f"{what}: {lists}", where=where, expected=expected, fix=fix)

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from animecolor_jax.evaluation.tables import replacing
+from animecolor_jax.replacing import replacing
 
 _PAPER, _INK, _EDGE, _MARK = (255, 255, 255), (34, 38, 46), (205, 210, 217), (222, 45, 38)
 _MARGIN, _GAP = 12, 6

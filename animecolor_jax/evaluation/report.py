@@ -1,10 +1,7 @@
 """One HTML page about an evaluation, with its pictures in a folder beside it; needs no network."""
 
-import contextlib
 import os
 import re
-import shutil
-import uuid
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -22,9 +19,9 @@ from animecolor_jax.evaluation.tables import (
     caption,
     format_interval,
     network_names,
-    replacing,
     version_names,
 )
+from animecolor_jax.replacing import replacing
 
 _OUR_FILES = re.compile(r"(clips|set|frames|example)-[\w-]+\.(png|webp)")
 
@@ -94,7 +91,8 @@ def write_report(result, path, read_clip=None, config=None, *, has_sketches=True
     path, config = Path(path), config or ReportConfig()
     folder = check_report(path)
     ranked_by = _ranking_metric(result, config.ranked_by)
-    with _replacing_folder(folder) as partial:
+    with replacing(folder) as partial:
+        partial.mkdir()
         plots_html, curves_html = _plots(result, partial, folder.name)
         examples_html = ""
         if read_clip is not None and ranked_by is not None:
@@ -305,23 +303,3 @@ def _picture(source, text, size=None):
 
 def _class(name, applies):
     return f' class="{name}"' if applies else ""
-
-
-@contextlib.contextmanager
-def _replacing_folder(folder):
-    """A hidden folder that takes the place of `folder` at the end, or is removed on any exception."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    partial, old = (folder.with_name(f".{mark}-{name}{folder.name}") for name in ("new-", "old-"))
-    partial.mkdir()
-    try:
-        yield partial
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        for leftover in (partial, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)

@@ -27,6 +27,7 @@ from animecolor_jax.errors import InputError
 from animecolor_jax.evaluation import figures, pairs, report, tables
 from animecolor_jax.evaluation.results import METRICS, Result
 from animecolor_jax.evaluation.score import TARGET, Scorer
+from animecolor_jax.replacing import replacing
 from data_pipeline.sketch import to_grey
 
 STORE_SECONDS = 30.0
@@ -118,7 +119,7 @@ class Store:
         """Replaces what is stored of this process."""
         state, facts = scorer.state(), {clip: self.facts[clip] for clip in scorer.scored}
         head = np.frombuffer(json.dumps([self.settings, facts, complete]).encode(), np.uint8)
-        with tables.replacing(self._path(self.process)) as partial, open(partial, "wb") as file:
+        with replacing(self._path(self.process)) as partial, open(partial, "wb") as file:
             np.savez(file, head=head, **state)
 
     def read_all(self):
@@ -338,7 +339,7 @@ def write_outputs(result, protocol, out, clips, shown=()):
         ("table.md", tables.markdown(result)),
         ("table.tex", tables.latex(result)),
     ):
-        with tables.replacing(out / name) as partial:
+        with replacing(out / name) as partial:
             partial.write_text(text, encoding="utf-8")
     tables.write_parquet(result, out / "clips.parquet")
     for name in shown or sorted(result.clip_frames)[:1]:

@@ -1,16 +1,14 @@
 """The scores as Markdown and LaTeX tables, and those of every clip as Parquet."""
 
-import contextlib
 import json
-import os
 import re
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from animecolor_jax.errors import InputError
 from animecolor_jax.evaluation.results import METRICS
 from animecolor_jax.evaluation.statistics import CONFIDENCE, RESAMPLES, is_defined
+from animecolor_jax.replacing import replacing
 
 DASH = "–"
 _HASH_LETTERS = 8
@@ -226,19 +224,6 @@ def write_parquet(result, path):
     )
     with replacing(path) as partial:
         pq.write_table(pa.table(columns, schema=schema), partial)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A hidden name beside `path` that takes its place at the end, or is removed on any exception."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def missing_extra(package, purpose):

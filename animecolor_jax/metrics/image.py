@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from animecolor_jax.errors import InputError
+from animecolor_jax.metrics.layers import unit_range
 
 IDENTICAL_DB = 100.0
 IDENTICAL_MSE = 1e-10  # below it frames count as identical
@@ -110,12 +111,6 @@ def check_pair(generated, target, axes):
             where="generated, target", expected="the same shape", fix="resize or cut one of them",
         )  # fmt: skip
     return pair
-
-
-def unit_range(frames):
-    """uint8 frames divided by 255, floats in [0, 1] as they are; float32."""
-    frames = jnp.asarray(frames)
-    return frames.astype(jnp.float32) / (255 if frames.dtype == jnp.uint8 else 1)
 
 
 def each_frame(function, *arrays, rank=3):

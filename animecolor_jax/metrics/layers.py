@@ -10,6 +10,7 @@ HIGHEST = jax.lax.Precision.HIGHEST  # a GPU's or TPU's default would round the 
 
 def unit_range(values):
     """uint8 values divided by 255, floats as they are; float32."""
+    values = jnp.asarray(values)
     return values.astype(jnp.float32) / (255 if values.dtype == jnp.uint8 else 1)
 
 

@@ -20,6 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from animecolor_jax import flops, loading, sharding
+from animecolor_jax.metrics.image import psnr
 from animecolor_jax.pipeline import NonFiniteError, use_compilation_cache
 from animecolor_jax.train import inputs, memory, peers, run_directory, state
 from animecolor_jax.train.checkpoints import Checkpoints, read_params
@@ -29,7 +30,7 @@ from animecolor_jax.train.parts import Parts
 from animecolor_jax.train.run_log import RunLog
 from animecolor_jax.train.sources import WEIGHTS, Sources
 from animecolor_jax.train.step import Objective, make_train_step
-from animecolor_jax.train.validation import Validation, peak_signal_to_noise
+from animecolor_jax.train.validation import Validation
 from data_pipeline import records
 from data_pipeline.dataset import training_batches
 from data_pipeline.shapes import latent_frames
@@ -305,7 +306,7 @@ class Trainer:
             if config.videos_every and step and (at_end or _due(step, config.videos_every)):
                 scores = []
                 for number, (videos, fps) in enumerate(self.validation.videos(trained, current.frozen)):
-                    scores.append(peak_signal_to_noise(videos["sample"], videos["target"]))
+                    scores.append(float(psnr(videos["sample"], videos["target"]).mean()))
                     for name, frames in videos.items():
                         self.log.video(f"{number}_{name}", step, frames, fps)
                 found |= {"psnr": sum(scores) / len(scores)}

@@ -142,13 +142,6 @@ class Validation:
         )  # fmt: skip
 
 
-def peak_signal_to_noise(video, target):
-    """PSNR in dB of two [T, H, W, 3] uint8 videos: the mean over the frames, equal ones counting 100."""
-    error = np.square(video.astype(np.float64) - target).reshape(len(video), -1).mean(1)
-    decibels = 10 * np.log10(255**2 / np.maximum(error, 1e-300))
-    return float(np.minimum(decibels, 100).mean())
-
-
 @functools.partial(jax.jit, static_argnames=("shapes", "sharding"))
 def _draw(key, numbers, timesteps, *, shapes, sharding):
     def of_clip(number):
