@@ -19,23 +19,9 @@ from einops import rearrange
 from flax import nnx
 
 from animecolor_jax.errors import InputError
+from animecolor_jax.models.convolution import conv2d
 
 NORM_EPS = 1e-6  # of every norm but those of the encoder's blocks, whatever the config says
-
-
-def conv2d(x, kernel, bias, *, padding, stride=1):
-    """[N, H, W, I], [3, 3, I, O], [O] -> [N, H', W', O] in the dtype of x.
-
-    Height and width are both padded by `padding`, (low, high).
-    """
-    out = jax.lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
-        window_strides=(stride, stride),
-        padding=(padding, padding),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return out + bias.astype(x.dtype)
 
 
 class Conv(nnx.Module):
@@ -60,15 +46,13 @@ class CausalConv(Conv):
         The cache is a pair of frames [B, H, W, I]; without one, the first frame is its own past.
         """
         x = x.astype(self.dtype)
-        kernel = rearrange(self.kernel[...], "t h w i o -> h w (t i) o")
+        kernel = rearrange(self.kernel[...], "t h w i o -> h w (t i) o").astype(self.dtype)
 
-        def convolve(past, index):
-            frame = jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
-            taps = jnp.concatenate([*past, frame], axis=-1)
-            return (past[1], frame), conv2d(taps, kernel, self.bias[...], padding=(1, 1))
+        def convolve(past, frame):
+            return (past[1], frame), conv2d(jnp.concatenate([*past, frame], axis=-1), kernel)
 
-        cache, out = jax.lax.scan(convolve, cache or (x[:, 0], x[:, 0]), jnp.arange(x.shape[1]))
-        return rearrange(out, "t b h w c -> b t h w c"), cache
+        cache, out = jax.lax.scan(convolve, cache or (x[:, 0], x[:, 0]), x.swapaxes(0, 1))
+        return rearrange(out, "t b h w c -> b t h w c") + self.bias[...].astype(self.dtype), cache
 
 
 class FrameConv(Conv):
@@ -80,8 +64,8 @@ class FrameConv(Conv):
 
     def __call__(self, x):  # [B, T, H, W, C] -> [B, T, H', W', C]
         frames = rearrange(x.astype(self.dtype), "b t h w c -> (b t) h w c")
-        out = conv2d(frames, self.kernel[...], self.bias[...], padding=self.padding, stride=self.stride)
-        return rearrange(out, "(b t) h w c -> b t h w c", t=x.shape[1])
+        out = conv2d(frames, self.kernel[...].astype(self.dtype), self.padding, self.stride)
+        return rearrange(out, "(b t) h w c -> b t h w c", t=x.shape[1]) + self.bias[...].astype(self.dtype)
 
 
 class PointwiseConv(Conv):
