@@ -10,7 +10,7 @@ from animecolor_jax.evaluation.statistics import is_defined
 from animecolor_jax.evaluation.tables import missing_extra
 
 COLORS = ("#0b6fb8", "#d95f02", "#1b9e77", "#c2559d", "#b8860b", "#4aa8d8", "#6b6b6b", "#7a4fbf")
-_STYLE = {
+STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": "#b9bfc8",
@@ -136,7 +136,7 @@ def _figure(path, height):
         from matplotlib.figure import Figure
     except ImportError as error:
         raise missing_extra("matplotlib", "the plots of the report") from error
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         yield figure.add_subplot()
         figure.savefig(path, dpi=_DPI, format="png", metadata={"Software": None})
