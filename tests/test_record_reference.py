@@ -10,13 +10,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from animecolor_jax.config import preset
+from animecolor_jax.convert import hce
 from animecolor_jax.convert.checkpoint import convert_checkpoint
+from animecolor_jax.convert.export import export_checkpoint
 from animecolor_jax.errors import InputError
 from animecolor_jax.parity.check import check_fixture
+from animecolor_jax.tokenizer import Tokenizer
+from animecolor_jax.weights import WeightsWriter
 
 pytestmark = pytest.mark.torch
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -331,6 +337,43 @@ def test_a_named_part_wins_over_a_sub_folder_and_two_sub_folders_are_refused(che
         tool.resolve_sources([str(other), str(checkpoint)], ["vae"])
     with pytest.raises(tool.InputError, match="lcg has 0 candidates"):
         tool.resolve_sources([str(checkpoint)], ["lcg"])
+
+
+def test_bytes_of_an_exported_tokenizer_are_numbered_as_ours(tool, tmp_path):
+    with WeightsWriter(tmp_path / "weights") as writer:
+        writer.scheduler(preset("tiny").scheduler, {})
+        Tokenizer.save_byte_level(writer.tokenizer_directory)
+    export_checkpoint(tmp_path / "weights", tmp_path / "exported")
+    prompts = ["é <extra_id_0>", "longer than there is room for"]
+    args = SimpleNamespace(prompt=prompts[0], negative_prompt=prompts[1])
+    configs = {"denoiser": {"max_text_seq_length": 24}, "text_encoder": {"vocab_size": 259}}
+    ids, lengths = tool.tokenize(args, tmp_path / "exported" / "tokenizer", configs)
+    with pytest.warns(UserWarning, match="too long"):
+        ours = Tokenizer.load(tmp_path / "weights" / "tokenizer")(prompts, 24)
+    assert np.array_equal(np.concatenate([ids["prompt_ids"], ids["negative_prompt_ids"]]), ours)
+    assert lengths == {"prompt_length": 16, "negative_length": 24}
+
+
+def test_an_exported_hce_keeps_its_sizes_where_the_official_class_has_constants(tool):
+    import reference_runs
+
+    class Extractor:  # constants in the places where the official class has them
+        def __init__(self, dim=1024, depth=3, dim_head=64, heads=16, output_dim=2048, ff_mult=4):
+            self.mlp = [range(2560, 1024, -1), range(1024, 1280)]
+            self.sizes = dim, depth, dim_head, heads, output_dim, ff_mult
+
+        def forward(self):
+            return range(1280)
+
+    module = SimpleNamespace(LocalFacialExtractor=Extractor, PerceiverCrossAttention=dict)
+    sizes = hce.config_to_torch(preset("mini-cpu").hce)["hce"]
+    with reference_runs.hce_sizes_of(module, sizes):
+        extractor = module.LocalFacialExtractor(heads=4, output_dim=2048)
+        cross = module.PerceiverCrossAttention(dim=192, dim_head=128, heads=16, kv_dim=2048)
+    assert extractor.mlp == [range(192, 96, -1), range(96, 96)] and extractor.forward() == range(96)
+    assert extractor.sizes == (96, 2, 24, 4, 96, 4)
+    assert cross == {"dim": 192, "dim_head": 32, "heads": 6, "kv_dim": 96}
+    assert module.LocalFacialExtractor is Extractor and Extractor().forward() == range(1280)
 
 
 @pytest.fixture

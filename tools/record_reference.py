@@ -49,6 +49,11 @@ SUBFOLDERS = {
 }
 PARTS = (*SUBFOLDERS.values(), "image_encoder")
 SAMPLERS = {"ddim": "DDIM_Origin", "ddim-cog": "DDIM_Cog"}
+TOKENIZERS = {  # by the file that the class reads; byte_level.json is this repository's own
+    "spiece.model": transformers.T5Tokenizer,
+    "tokenizer.json": transformers.T5Tokenizer,
+    "byte_level.json": transformers.ByT5Tokenizer,
+}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_FRAMES = 49  # the official pipeline refuses more
 CASE = "recorded"
@@ -398,9 +403,9 @@ def read_radio_features(path):
 def tokenize(args, path, configs):
     """Padded ids [1, L] int64 of both prompts, and how many of each are text or its end mark."""
     length, vocabulary = configs["denoiser"].get("max_text_seq_length", 226), configs["text_encoder"]
-    found = (path / "spiece.model").is_file() or (path / "tokenizer.json").is_file()
-    require(found, "holds no tokenizer", path, "spiece.model or tokenizer.json", "download it again")
-    tokenizer = load(transformers.T5Tokenizer, path)
+    found = [file for file in TOKENIZERS if (path / file).is_file()]
+    require(found, "holds no tokenizer", path, f"one of {', '.join(TOKENIZERS)}", "download it again")
+    tokenizer = load(TOKENIZERS[found[0]], path)
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     positive, negative = (tokenizer([text], **options) for text in (args.prompt, args.negative_prompt))
     ids = {"prompt_ids": positive.input_ids, "negative_prompt_ids": negative.input_ids}

@@ -3,6 +3,7 @@
 Imports nothing of this repository, so that it works wherever the published checkpoints do.
 """
 
+import contextlib
 import functools
 import gc
 import hashlib
@@ -10,6 +11,7 @@ import importlib
 import subprocess
 import sys
 import time
+import types
 
 import diffusers
 import numpy as np
@@ -102,6 +104,45 @@ def import_official(repo):
         positions = modules[name].get_3d_sincos_pos_embed
         modules[name].get_3d_sincos_pos_embed = lambda *args, of=positions: np.asarray(of(*args))
     return modules
+
+
+@contextlib.contextmanager
+def hce_sizes_of(module, sizes):
+    """Within, the official denoiser's module builds an HCE of these sizes, which its code has as constants.
+
+    Args:
+        sizes: `hce` of a config.json that export_checkpoint of this repository wrote; None changes nothing.
+    """
+    if sizes is None:
+        yield
+        return
+    published = module.LocalFacialExtractor, module.PerceiverCrossAttention
+    # written out in its methods: hidden width, widths of RADIO's features and summary
+    literals = {1024: sizes["dim"], 1280: sizes["feature_dim"], 2560: sizes["summary_dim"]}
+
+    class Extractor(published[0]):
+        __init__ = replace_literals(published[0].__init__, literals)
+        forward = replace_literals(published[0].forward, literals)
+
+    names = ("dim", "depth", "dim_head", "output_dim", "ff_mult")
+    arguments = {name: sizes[name] for name in names if name in sizes}
+    cross = {"kv_dim": "output_dim", "dim_head": "cross_dim_head", "heads": "cross_heads"}
+    cross = {name: sizes[ours] for name, ours in cross.items()}
+    module.LocalFacialExtractor = lambda **given: Extractor(**{**given, **arguments})
+    module.PerceiverCrossAttention = lambda **given: published[1](**{**given, **cross})
+    try:
+        yield
+    finally:
+        module.LocalFacialExtractor, module.PerceiverCrossAttention = published
+
+
+def replace_literals(function, values):
+    """A copy of `function` whose code has `values[x]` wherever it had the integer x, a key of `values`."""
+    constants = [values.get(x, x) if type(x) is int else x for x in function.__code__.co_consts]
+    code = function.__code__.replace(co_consts=tuple(constants))
+    return types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
 
 
 class Recorder:
@@ -233,7 +274,8 @@ def run_official(job, runs, official):
     """VAE, LCG, HCE and denoising loop by the official pipeline. Returns the HCE's sizes."""
     device, inputs = job.args.device, job.inputs
     transformer = "CogVideoXTransformer3DModel"
-    denoiser = load_network(getattr(official["denoiser"], transformer), job.sources["denoiser"], device)
+    with hce_sizes_of(official["denoiser"], job.configs["denoiser"].get("hce")):
+        denoiser = load_network(getattr(official["denoiser"], transformer), job.sources["denoiser"], device)
     lcg = load_network(getattr(official["lcg"], transformer), job.sources["lcg"], device)
     vae = load_network(official["vae"].AutoencoderKLCogVideoX, job.sources["vae"], device)
     sizes = hce_sizes(denoiser)

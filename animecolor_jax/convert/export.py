@@ -17,6 +17,7 @@ from animecolor_jax.convert.plan import TABLES
 from animecolor_jax.convert.rules import sources
 from animecolor_jax.errors import InputError
 from animecolor_jax.networks import abstract
+from animecolor_jax.tokenizer import BYTE_LEVEL
 from animecolor_jax.weights import Weights
 
 # component: (folder, file). HCE goes into the denoiser's file, where it came from.
@@ -27,6 +28,8 @@ FILES = {
     "text_encoder": ("text_encoder", "model.safetensors"),
     "image_encoder": ("image_encoder", "model.safetensors"),
 }
+# transformers' name of the byte-level tokenizer; ours has no sentinels
+BYTE_LEVEL_CLASS = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}
 
 
 def export_checkpoint(weights, out):
@@ -62,6 +65,8 @@ def export_checkpoint(weights, out):
             _write_json(temporary / "scheduler" / "scheduler_config.json", values)
         if (weights.directory / "tokenizer").is_dir():
             shutil.copytree(weights.directory / "tokenizer", temporary / "tokenizer")
+            if (temporary / "tokenizer" / BYTE_LEVEL).exists():  # else the file says which class it is
+                _write_json(temporary / "tokenizer" / "tokenizer_config.json", BYTE_LEVEL_CLASS)
         os.chmod(temporary, 0o755)
         if out.exists():
             out.rmdir()

@@ -107,7 +107,7 @@ def config_from_torch(config, shapes, where):
 
 
 def config_to_torch(config):
-    """What HCE adds to the denoiser's config.json; `hce` holds the widths that the reference hard-codes."""
+    """What HCE adds to the denoiser's config.json; `hce` holds the sizes that the reference hard-codes."""
     return {
         "is_train_qformer": True,
         "LFE_num_tokens": config.num_tokens,
@@ -117,6 +117,8 @@ def config_to_torch(config):
         "qformer_scale": config.scale,
         "hce": {
             "dim": config.dim,
+            "depth": config.depth,
+            "ff_mult": config.ff_mult,
             "feature_dim": config.feature_dim,
             "summary_dim": config.summary_dim,
             "output_dim": config.output_dim,
