@@ -5,6 +5,9 @@ Pure NumPy (and Pillow for resizing) on uint8 [T, H, W, 3] frames and [H, W, 3] 
 hence sizes are multiples of 16.
 """
 
+import itertools
+import math
+
 import numpy as np
 from PIL import Image
 
@@ -21,6 +24,20 @@ POLARITIES = ("auto", "yes", "no")
 def fit_size(height, width, multiple=SPATIAL_MULTIPLE):
     """The smallest (H, W) of multiples that holds height x width."""
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+
+def size_of_area(height, width, area, multiple=SPATIAL_MULTIPLE):
+    """The (H, W) of multiples that is nearest to the aspect of height x width, and then to `area` pixels."""
+    scale = math.sqrt(area / (height * width)) / multiple
+    sides = [
+        [max(1, math.floor(side * scale) + more) * multiple for more in (0, 1)] for side in (height, width)
+    ]
+
+    def distance(size):
+        aspect, pixels = size[0] / size[1] * width / height, size[0] * size[1] / area
+        return 2 * abs(math.log(aspect)) + abs(math.log(pixels))
+
+    return min(itertools.product(*sides), key=distance)
 
 
 def pad_frames(frames, size):
@@ -168,7 +185,8 @@ def windows(num_frames, window=49, overlap=16):
     Args:
         num_frames: 8m + 1, see `padded_length`.
         window: frames in one window, 8k + 1 and at least 9.
-        overlap: frames that neighbours share, a multiple of 4 from 4 to window - 9.
+        overlap: frames that neighbours share, a multiple of 4 from 4 to window - 5, so that each window
+            goes on by a latent or more.
 
     Raises:
         InputError: `window` or `overlap` are impossible.
@@ -180,11 +198,11 @@ def windows(num_frames, window=49, overlap=16):
             f"{window} frames", where="--window", expected="8k + 1 frames, at least 9: 9, 17, 25 ... 49 ..."
         )
     one_window = num_frames <= window  # then any sensible overlap will do
-    if overlap % 4 or overlap < 4 or (overlap > window - 9 and not one_window):
+    if overlap % 4 or overlap < 4 or (overlap > window - 5 and not one_window):
         raise InputError(
             f"{overlap} frames, with a window of {window}",
             where="--overlap",
-            expected=f"a multiple of 4, at least 4 and at most the window - 9 = {window - 9}",
+            expected=f"a multiple of 4, at least 4 and at most the window - 5 = {window - 5}",
             fix="choose a larger --window or another --overlap",
         )
     if one_window:

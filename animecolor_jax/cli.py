@@ -10,8 +10,6 @@ import json
 import re
 import sys
 
-import tyro
-
 from animecolor_jax.errors import InputError
 from animecolor_jax.pipeline import NonFiniteError, use_compilation_cache
 
@@ -27,10 +25,20 @@ def main(run, arguments, hands_on_unknown=False):
         hands_on_unknown: call `run(args, unknown)` with the list of arguments that are not ours, instead of
             refusing them.
     """
-    try:
+
+    def call():
         args, unknown = _parse(arguments, sys.argv[1:], hands_on_unknown)
+        return run(args, unknown) if hands_on_unknown else run(args)
+
+    finish(call)
+
+
+def finish(call):
+    """Runs `call()` -> (JSON-ready dict, whether the check holds), says what went wrong if anything did, and
+    exits."""
+    try:
         use_compilation_cache()
-        result, holds = run(args, unknown) if hands_on_unknown else run(args)
+        result, holds = call()
         code = 0 if holds else 1
     except InputError as error:
         code, result = _failure(2, error)
@@ -76,6 +84,8 @@ def parse(cls, argv, default):
 
 
 def _call_tyro(arguments, argv, **options):
+    import tyro  # not above: tools that parse by themselves run without it
+
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -3,9 +3,8 @@
 import csv
 import io
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,20 +12,22 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from animecolor_jax import canvas, media, media_writing, safetensors_io, sharding
-from animecolor_jax.config import CONFIG_CLASSES, preset
+from animecolor_jax import canvas, media, media_writing, safetensors_io, sharding, weights
+from animecolor_jax.config import CONFIG_CLASSES
 from animecolor_jax.errors import InputError
 from animecolor_jax.pipeline import NEGATIVE_PROMPT, Noise, NonFiniteError, Pipeline, make_plan
 from animecolor_jax.tokenizer import Tokenizer
-from animecolor_jax.weights import Weights, write_initial
-from data_pipeline.toon import draw_clip
 
-DEMO_SEED = 32  # of the cartoon that --demo colours
+VISIBLE_HEIGHT = 256  # of a side-by-side that shows the truth, at least
+AREA_RATIO = 1.5  # colours suffer where frames are this much larger or smaller than those trained on
 
 
 @dataclass(frozen=True)
 class Job:
-    """One clip to colour; paths and numbers as on the command line, sizes (height, width)."""
+    """One clip to colour; paths and numbers as on the command line, sizes (height, width).
+
+    Of `weights.Inference`, what is None is as the weights say.
+    """
 
     sketch: Path
     reference: tuple[Path, ...]
@@ -34,18 +35,23 @@ class Job:
     prompt: str = ""
     negative_prompt: str = NEGATIVE_PROMPT
     comparison: Path | None = None
-    steps: int = 50
-    guidance: float = 6.0
+    steps: int | None = None
+    guidance: float | None = None
     dynamic_guidance: bool = False
     seed: int = 43
     sampler: str = "ddim"
     size: tuple[int, int] | None = None
     fps: float | None = None
     invert: str = "auto"
-    window: int = 49
-    overlap: int = 16
+    window: int | None = None
+    overlap: int | None = None
     noise: Path | None = None
     strict_reference: bool = False
+
+    def completed(self, inference):
+        """The job with every number that is None taken from `inference`, the weights' own."""
+        missing = [name for name in ("steps", "guidance", "window", "overlap") if getattr(self, name) is None]
+        return replace(self, **{name: getattr(inference, name) for name in missing})
 
     def options(self):
         """What `make_plan` and `Pipeline` are called with, beside arrays."""
@@ -64,6 +70,7 @@ class Inputs(NamedTuple):
         fps: frames a second of the result.
         inverted: whether the sketch was light on dark.
         noise: `Noise` or None.
+        truth: the coloured clip, [T, H, W, 3] uint8, if the sketch was made from one.
     """
 
     sketch: np.ndarray
@@ -71,18 +78,24 @@ class Inputs(NamedTuple):
     fps: float
     inverted: bool
     noise: Noise | None
+    truth: np.ndarray | None = None
 
 
 class Colorizer:
     """Colours jobs with the networks of a weights directory, which are loaded after all checks.
 
+    Args:
+        directory: of the weights; None for those that come with the package.
+
     Raises:
         InputError: no weights directory, one that lacks a network, or a mesh that does not fit the devices.
     """
 
-    def __init__(self, weights, dtype=None, mesh=""):
+    def __init__(self, directory=None, dtype=None, mesh=""):
         self.mesh = sharding.make_mesh(**sharding.parse_mesh(mesh)) if mesh else None
-        self.weights, self.dtype = Weights(weights), dtype
+        self.is_bundled = directory is None
+        self.weights = weights.Weights(_bundled() if directory is None else directory)
+        self.dtype = dtype
         self.weights.require(*CONFIG_CLASSES)
         self.tokenizer = Tokenizer.load(self.weights.directory / "tokenizer")
         self.pipeline = None
@@ -90,6 +103,8 @@ class Colorizer:
     def load(self):
         """Loads the networks, once; InputError if they are damaged."""
         if self.pipeline is None:
+            if self.is_bundled:
+                print(_describe(self.weights), file=sys.stderr)
             self.pipeline = Pipeline.load(self.weights.directory, dtype=self.dtype, mesh=self.mesh)
 
     def read(self, job):
@@ -102,7 +117,7 @@ class Colorizer:
         try:
             make_plan(
                 self.weights.config, self.tokenizer, inputs.sketch, inputs.references, noise=inputs.noise,
-                **job.options(),
+                **job.completed(self.weights.inference).options(),
             )
         except InputError as error:
             raise _moved(error, _FLAGS.get(error.where, error.where)) from error
@@ -116,7 +131,10 @@ class Colorizer:
         """
         if inputs.inverted and job.invert == "auto":
             print(f"{job.sketch}: light lines on dark; inverted (--invert no to keep)", file=sys.stderr)
+        if advice := _size_advice(job, inputs.sketch.shape[1:3], self.weights.inference.size):
+            print(advice, file=sys.stderr)
         self.load()
+        job = job.completed(self.weights.inference)
         began = time.perf_counter()
         video = self.pipeline(
             inputs.sketch, inputs.references, noise=inputs.noise, dynamic_guidance=job.dynamic_guidance,
@@ -163,34 +181,38 @@ class Colorizer:
         return {"clips": done, "skipped": skipped, "failed": failed}
 
 
-def run_demo(values, weights=None, dtype=None, mesh=""):
-    """Colours a clip that is drawn on the spot, with freshly made `tiny` weights unless there are others.
+def _bundled():
+    """The bundled weights; InputError if the package came without."""
+    if not weights.BUNDLED.is_dir():
+        raise InputError(
+            "the weights that come with the package are missing", where=weights.BUNDLED,
+            expected="a complete installation", fix="install the package again, or give --weights",
+        )
+    return weights.BUNDLED
 
-    Args:
-        values: fields of `Job`; sketch and reference are set here, out and comparison unless they are given.
 
-    Returns:
-        The job and what `Colorizer.run` returns.
-    """
-    out = values["out"] or Path("demo.mp4")
-    comparison = values["comparison"] or out.with_name(f"{out.stem}_comparison{out.suffix}")
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        clip = draw_clip(seed=DEMO_SEED, fps=12)
-        sketch, references = folder / "sketch.mkv", folder / "references"
-        media_writing.write_video(sketch, clip.line_art, fps=12)
-        media_writing.write_video(references, clip.reference[None], fps=12)
-        if weights is None:
-            print(
-                "demo: these weights are untrained (random), so the result is noise; "
-                "it shows that every part runs.", file=sys.stderr,
-            )
-            weights = folder / "tiny"
-            write_initial(weights, preset("tiny"))
-        paths = {"sketch": sketch, "reference": tuple(references.iterdir())}
-        job = Job(**{**values, **paths, "out": out, "comparison": comparison})
-        colorizer = Colorizer(weights, dtype, mesh)
-        return job, colorizer.run(job, colorizer.read(job))
+def _describe(bundled):
+    """What the bundled weights are, in one line."""
+    size, frames = bundled.inference.size, bundled.inference.window
+    trained = "" if size is None else f" of {size[0]}x{size[1]} pixels, {frames} frames"
+    return (
+        f"bundled weights ({bundled.config.preset}): small, trained on drawn cartoons{trained}; "
+        "--weights for others"
+    )
+
+
+def _size_advice(job, size, trained):
+    """A line about frames of `size` that are far from the area of the size `trained`, else None."""
+    if trained is None or job.strict_reference:  # the reference then sets the size
+        return None
+    area = trained[0] * trained[1]
+    if 1 / AREA_RATIO <= size[0] * size[1] / area <= AREA_RATIO:
+        return None
+    height, width = canvas.size_of_area(*size, area)
+    return (
+        f"{job.sketch}: {size[0]}x{size[1]}, but the weights were trained at {trained[0]}x{trained[1]} and "
+        f"colour best near that: --size {height}x{width}"
+    )
 
 
 # ---------------------------------------------------------------- flags and files
@@ -200,7 +222,6 @@ _FLAGS = {  # of what `make_plan` complains about by the name of its argument
     "num_steps": "--steps", "guidance_scale": "--guidance", "sampler": "--sampler", "prompt": "--prompt",
 }
 _NEEDED = {
-    "weights": ("a weights directory", "convert a checkpoint with tools/convert_torch.py, or try --demo"),
     "sketch": ("the line art: a video, a folder of frames, or an image", "see --help, or try --demo"),
     "reference": ("one or more coloured images", "for example --reference front.png back.png"),
     "out": ("where to write the result", "for example --out colored.mp4"),
@@ -211,9 +232,9 @@ def check_flags(args):
     """Raises InputError for a flag that is missing, or that has no meaning beside another."""
     mode = "--demo" if args.demo else "--jobs" if args.jobs is not None else None
     needed, refused = {
-        None: (("weights", "sketch", "reference", "out"), ()),
+        None: (("sketch", "reference", "out"), ()),
         "--demo": ((), ("sketch", "reference", "jobs")),
-        "--jobs": (("weights",), ("sketch", "reference", "out", "comparison")),
+        "--jobs": ((), ("sketch", "reference", "out", "comparison")),
     }[mode]
     for name in needed:
         if not getattr(args, name):
@@ -295,10 +316,16 @@ def _is_there(out):
 
 
 def _comparison(inputs, video):
-    """Sketch, references and result side by side; with --strict-reference the lengths may differ a little."""
+    """Sketch, references and result side by side; with --strict-reference the lengths may differ a little.
+
+    Where the truth is known it comes last, and pixels are repeated until they can be seen.
+    """
     shown = np.minimum(np.arange(len(video)), len(inputs.sketch) - 1)
     stills = (image[None] for image in inputs.references)
-    return media_writing.side_by_side([inputs.sketch[shown], *stills, video])
+    truth = [] if inputs.truth is None else [inputs.truth[shown]]
+    frames = media_writing.side_by_side([inputs.sketch[shown], *stills, video, *truth])
+    scale = 1 if inputs.truth is None else -(-VISIBLE_HEIGHT // frames.shape[1])
+    return frames.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
 def _moved(error, where):

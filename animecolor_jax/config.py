@@ -228,6 +228,54 @@ def _animecolor(preset, denoiser, **components):
     return AnimeColorConfig(preset=preset, denoiser=denoiser, lcg=lcg, hce=hce, **components)
 
 
+def _mini(name, size, frames, vae_widths, norm_num_groups, patch_size):
+    """A small but complete model, trained by tools/train_mini.py for clips of `size` pixels and `frames`."""
+    height, width = size
+    vae = VAEConfig(
+        block_out_channels=vae_widths,
+        latent_channels=8,
+        layers_per_block=1,
+        norm_num_groups=norm_num_groups,
+        sample_height=height,
+        sample_width=width,
+    )
+    denoiser = TransformerConfig(
+        num_layers=6,
+        num_heads=6,
+        head_dim=32,
+        in_channels=2 * vae.latent_channels,
+        out_channels=vae.latent_channels,
+        patch_size=patch_size,
+        time_embed_dim=64,
+        text_dim=64,
+        text_length=32,
+        sample_height=height // vae.spatial_compression,
+        sample_width=width // vae.spatial_compression,
+        sample_frames=frames,
+        spatial_interpolation_scale=1.0,
+    )
+    return _animecolor(
+        name,
+        denoiser,
+        hce=HCEConfig(
+            dim=96,
+            depth=2,
+            num_heads=4,
+            head_dim=24,
+            num_tokens=16,
+            feature_dim=96,
+            summary_dim=192,
+            output_dim=96,
+            cross_num_heads=6,
+            cross_head_dim=32,
+        ),
+        vae=vae,
+        text_encoder=T5Config(vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),
+        image_encoder=RadioConfig(embed_dim=96, depth=3, num_heads=3, table_size=10, num_prefix_tokens=4),
+        scheduler=SchedulerConfig(),
+    )
+
+
 def preset(name):
     """The named architecture, an `AnimeColorConfig` with all six networks.
 
@@ -307,4 +355,6 @@ PRESETS = {
         ),
         scheduler=SchedulerConfig(),
     ),
+    "mini": _mini("mini", (96, 160), 17, (24, 48, 64), norm_num_groups=8, patch_size=2),
+    "mini-cpu": _mini("mini-cpu", (64, 96), 9, (8, 32, 64), norm_num_groups=4, patch_size=4),
 }

@@ -21,7 +21,7 @@ from animecolor_jax.models.animecolor import AnimeColor
 from animecolor_jax.models.vae import decode_slices, encode_slices
 from animecolor_jax.sampling import dynamic_guidance_scale, init_state, make_sampler
 from animecolor_jax.tokenizer import Tokenizer
-from animecolor_jax.weights import Weights
+from animecolor_jax.weights import Inference, Weights
 
 NEGATIVE_PROMPT = (
     "The video is not of a high quality, it has a low resolution. Watermark present in each frame. The "
@@ -136,8 +136,11 @@ class Pipeline:
         video = pipeline(sketch, reference, prompt="...", key=jax.random.key(43))
     """
 
-    def __init__(self, model, vae, text_encoder, image_encoder, tokenizer, scheduler, mesh=None):
-        self.model, self.vae = model, vae
+    def __init__(
+        self, model, vae, text_encoder, image_encoder, tokenizer, scheduler, mesh=None, inference=None
+    ):
+        """inference: `weights.Inference`, the numbers that calls leave out; None for its defaults."""
+        self.model, self.vae, self.inference = model, vae, inference or Inference()
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
         self.tokenizer, self.scheduler, self.mesh = tokenizer, scheduler, mesh
         self.seconds = {}
@@ -167,7 +170,10 @@ class Pipeline:
             load("denoiser", attention=attention), lcg=load("lcg", attention=attention), hce=load("hce")
         )
         encoders = {name: load(name) for name in ("vae", "text_encoder", "image_encoder")}
-        return cls(model, tokenizer=tokenizer, scheduler=weights.config.scheduler, mesh=mesh, **encoders)
+        return cls(
+            model, tokenizer=tokenizer, scheduler=weights.config.scheduler, mesh=mesh,
+            inference=weights.inference, **encoders,
+        )  # fmt: skip
 
     @property
     def dtype(self):
@@ -183,11 +189,11 @@ class Pipeline:
         )
 
     def __call__(
-        self, sketch, reference, *, prompt="", negative_prompt=NEGATIVE_PROMPT, num_steps=50,
-        guidance_scale=6.0, dynamic_guidance=False, sampler="ddim", key=None, noise=None, window=49,
-        overlap=16, strict_reference=False, progress=None,
+        self, sketch, reference, *, prompt="", negative_prompt=NEGATIVE_PROMPT, num_steps=None,
+        guidance_scale=None, dynamic_guidance=False, sampler="ddim", key=None, noise=None, window=None,
+        overlap=None, strict_reference=False, progress=None,
     ):
-        """Colours a clip.
+        """Colours a clip. Steps, guidance, window and overlap are by default what the weights name.
 
         Args:
             sketch: [T, H, W, 3] uint8, dark lines on white, any size and length.
@@ -211,6 +217,11 @@ class Pipeline:
         """
         references = reference if isinstance(reference, list | tuple) else [reference]
         key = jax.random.key(43) if key is None else key
+        best = self.inference
+        num_steps = best.steps if num_steps is None else num_steps
+        guidance_scale = best.guidance if guidance_scale is None else guidance_scale
+        window = best.window if window is None else window
+        overlap = best.overlap if overlap is None else overlap
         plan = make_plan(
             self.config, self.tokenizer, sketch, references, prompt=prompt, negative_prompt=negative_prompt,
             num_steps=num_steps, guidance_scale=guidance_scale, sampler=sampler, noise=noise, window=window,

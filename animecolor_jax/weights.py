@@ -1,6 +1,7 @@
 """The weights directory: what conversion writes, training ends with and everything else reads.
 
-    config.json                 format version, preset, every component's config, provenance, licence notes
+    config.json                 format version, preset, every component's config, provenance, licence notes;
+                                optionally "inference", how these networks are best called
     COMPONENT.safetensors       one per component, our names, blocks stacked
     tokenizer/                  the text encoder's tokenizer files
 
@@ -10,6 +11,7 @@ largest leaf.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -20,16 +22,83 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from animecolor_jax import canvas, params, safetensors_io, sharding
 from animecolor_jax import config as configs
-from animecolor_jax import params, safetensors_io, sharding
 from animecolor_jax.errors import InputError
 from animecolor_jax.networks import abstract, creator, initial_leaves
 from animecolor_jax.tokenizer import Tokenizer
+from data_pipeline.shapes import SPATIAL_MULTIPLE
 
+BUNDLED = Path(__file__).parent / "bundled"  # the small trained weights that the package brings along
 DTYPES = ("float32", "bfloat16", "float16")
 LICENCES = {
     "image_encoder": "RADIO's published weights are for non-commercial use only (NVIDIA's licence).",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """How the networks of a weights directory are best called.
+
+    Attributes:
+        steps: denoising steps.
+        guidance: guidance scale; 1 is none.
+        window, overlap: frames of one window of a long clip, and those that neighbours share; see
+            `canvas.windows`.
+        size: (height, width) in pixels of the clips they were trained on; None where that is not known.
+
+    Raises:
+        InputError: a value that is none of these, with the field's name.
+    """
+
+    steps: int = 50
+    guidance: float = 6.0
+    window: int = 49
+    overlap: int = 16
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        number = isinstance(self.guidance, float) or _is_whole(self.guidance)
+        sides = f"(height, width), multiples of {SPATIAL_MULTIPLE}"
+        rules = {
+            "steps": (_is_whole(self.steps) and 1 <= self.steps <= 1000, "a whole number from 1 to 1000"),
+            "guidance": (number and 0 <= self.guidance < math.inf, "a finite number of at least 0"),
+            "window": (_is_whole(self.window) and self.window > 0, "a whole number of frames"),
+            "overlap": (_is_whole(self.overlap), "a whole number of frames"),
+            "size": (self.size is None or _is_size(self.size), sides),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                raise InputError(f"{getattr(self, name)!r}", where=f"inference.{name}", expected=expected)
+        try:
+            canvas.windows(canvas.padded_length(self.window + 1), self.window, self.overlap)
+        except InputError as error:
+            where = f"inference.{error.where.removeprefix('--')}"
+            raise InputError(error.what, where=where, expected=error.expected) from error
+
+    @classmethod
+    def from_dict(cls, values, where):
+        """From the JSON of `where`; what it leaves out is as above. InputError for other fields."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or set(values) - set(names):
+            raise InputError(
+                f"inference is {values!r}", where=where, expected=f"an object with any of {', '.join(names)}"
+            )
+        if isinstance(values.get("size"), list):
+            values = {**values, "size": tuple(values["size"])}
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(error.what, where=f"{where}: {error.where}", expected=error.expected) from error
+
+
+def _is_whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value):
+    sides = value if isinstance(value, tuple) and len(value) == 2 else (0,)
+    return all(_is_whole(side) and side > 0 and side % SPATIAL_MULTIPLE == 0 for side in sides)
 
 
 class WeightsWriter:
@@ -51,7 +120,7 @@ class WeightsWriter:
                 expected="a folder that does not exist yet",
                 fix="choose another name or remove it",
             )
-        self.components, self.provenance = {}, {}
+        self.components, self.provenance, self._inference = {}, {}, None
 
     def __enter__(self):
         self.directory.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +144,10 @@ class WeightsWriter:
         """Records the noise schedule."""
         self.components["scheduler"] = configs.config_to_dict(config)
         self.provenance["scheduler"] = provenance
+
+    def inference(self, settings):
+        """Records how the networks are best called, an `Inference`."""
+        self._inference = settings
 
     def link(self, name, weights, provenance):
         """Takes over a component of another weights directory: a link to its file where the file system can,
@@ -113,8 +186,14 @@ class WeightsWriter:
             "preset": _preset_name(self.components),
             "components": self.components,
             "provenance": self.provenance,
-            "licences": {name: LICENCES[name] for name in self.components if name in LICENCES},
+            "licences": {
+                name: LICENCES[name]
+                for name in self.components
+                if name in LICENCES and "trained" not in self.provenance[name]  # ours are ours
+            },
         }
+        if self._inference is not None:
+            text["inference"] = dataclasses.asdict(self._inference)
         (self._temporary / "config.json").write_text(json.dumps(text, indent=2) + "\n")
         os.chmod(self._temporary, 0o755)
         if self.directory.exists():
@@ -126,7 +205,7 @@ def _preset_name(components):
     """The preset that all components belong to, else "custom"."""
 
     def without_runtime(values):
-        return {k: v for k, v in values.items() if k not in ("dtype", "attention")}
+        return {k: v for k, v in values.items() if k not in ("dtype", "attention", "scaling_factor")}
 
     for name, known in configs.PRESETS.items():
         wanted = {
@@ -140,7 +219,8 @@ def _preset_name(components):
 
 
 class Weights:
-    """A weights directory, opened: `config` is its `AnimeColorConfig`, networks are loaded by name.
+    """A weights directory, opened: `config` is its `AnimeColorConfig`, networks are loaded by name;
+    `inference` says how they are best called, an `Inference`.
 
     Raises:
         InputError: not a weights directory, another format version, or a config that does not parse.
@@ -177,6 +257,7 @@ class Weights:
         if unknown:
             raise InputError(f"unknown components {unknown}", where=path, expected=f"{configs.COMPONENTS}")
         self.values = values
+        self.inference = Inference.from_dict(values.get("inference", {}), path)
         self.config = configs.AnimeColorConfig(
             preset=values.get("preset", "custom"),
             **{

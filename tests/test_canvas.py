@@ -20,6 +20,22 @@ def test_fit_size_is_the_smallest_multiple_that_holds_the_size():
     assert canvas.fit_size(33, 64, multiple=32) == (64, 64)
 
 
+@pytest.mark.parametrize(
+    "size, wanted",
+    [((128, 192), (64, 96)), ((96, 144), (64, 96)), ((64, 96), (64, 96)), ((1080, 1920), (64, 112)),
+     ((720, 480), (96, 64)), ((16, 16), (80, 80))],
+)  # fmt: skip
+def test_a_size_of_an_area_keeps_the_aspect(size, wanted):
+    assert canvas.size_of_area(*size, 64 * 96) == wanted
+
+
+def test_a_size_of_an_area_is_near_that_area_for_any_usual_aspect():
+    for width in range(100, 401, 7):
+        for size in ((100, width), (width, 100)):
+            height, length = canvas.size_of_area(*size, 64 * 96)
+            assert height % 16 == length % 16 == 0 and 1 / 1.4 < height * length / (64 * 96) < 1.4
+
+
 def test_crop_undoes_pad_frames_and_padding_repeats_the_edge():
     frames = noise(2, 21, 33, 3)
     padded = canvas.pad_frames(frames, canvas.fit_size(21, 33))
@@ -178,6 +194,8 @@ CASES = [
     (41, 17, 8),
     (33, 25, 16),
     (801, 65, 20),
+    (25, 9, 4),
+    (41, 17, 12),
 ]
 
 
@@ -187,6 +205,7 @@ def test_windows_by_hand():
     assert canvas.windows(81) == [0, 32]
     assert canvas.windows(97) == [0, 32, 48]
     assert canvas.windows(41, window=17, overlap=8) == [0, 8, 16, 24]
+    assert canvas.windows(25, window=9, overlap=4) == [0, 4, 8, 12, 16]
 
 
 @pytest.mark.parametrize("num_frames, window, overlap", CASES)
@@ -206,7 +225,7 @@ def test_impossible_windows_are_refused(window):
     assert caught.value.where == "--window"
 
 
-@pytest.mark.parametrize("window, overlap", [(49, 0), (49, -4), (49, 6), (49, 44), (9, 4)])
+@pytest.mark.parametrize("window, overlap", [(49, 0), (49, -4), (49, 6), (49, 48), (9, 8)])
 def test_impossible_overlaps_are_refused(window, overlap):
     with pytest.raises(InputError) as caught:
         canvas.windows(97, window, overlap)

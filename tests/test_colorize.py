@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from animecolor_jax import canvas, cli, media, media_writing, safetensors_io
+from animecolor_jax import canvas, cli, demo, media, media_writing, safetensors_io
+from animecolor_jax import weights as weights_directory
 from animecolor_jax.convert.checkpoint import convert_checkpoint
 from animecolor_jax.errors import InputError
 from animecolor_jax.pipeline import Pipeline
@@ -39,6 +40,8 @@ FAST = {
     "--seed": 0,
 }
 BASE = {"--sketch": "sketch.mkv", "--reference": "reference.png", "--weights": "weights", **FAST}
+# how the weights "own" of the fixture are best called
+OWN = {"steps": 3, "guidance": 1.0, "window": 9, "overlap": 4, "size": [32, 48]}
 FLAGS = """--sketch --reference --prompt --prompt-file --negative-prompt --weights --out --steps --guidance
     --seed --sampler --size --fps --invert --window --overlap --dtype --mesh --noise --comparison
     --strict-reference --jobs --demo --json"""
@@ -60,7 +63,7 @@ def folder(tmp_path_factory):
     (source / "tokenizer").mkdir()
     (source / "tokenizer" / "byte_level.json").write_text('{"type": "byte-level"}')
     convert_checkpoint(source, root / "weights")
-    _write_bad_weights(root)
+    _write_other_weights(root)
 
     media_writing.write_video(root / "sketch.mkv", SKETCH, fps=24)
     Image.fromarray(CLIP.reference).save(root / "reference.png")
@@ -84,10 +87,13 @@ def folder(tmp_path_factory):
     return root
 
 
-def _write_bad_weights(root):
+def _write_other_weights(root):
     config = json.loads((root / "weights" / "config.json").read_text())
     for name, values in {
         "other_version": {**config, "format_version": 99},
+        "own": {**config, "inference": OWN},
+        "own_of_larger_clips": {**config, "inference": {**OWN, "size": [64, 112]}},
+        "bad_inference": {**config, "inference": {**OWN, "steps": 0}},
         "no_lcg": {**config, "components": {k: v for k, v in config["components"].items() if k != "lcg"}},
     }.items():
         shutil.copytree(root / "weights", root / name, copy_function=os.link)
@@ -135,6 +141,13 @@ def colored(colorize, tmp_path):
         return frames
 
     return call
+
+
+@pytest.fixture
+def bundled(folder, monkeypatch):
+    """Path of the weights "own", which are here in the place of those that come with the package."""
+    monkeypatch.setattr(weights_directory, "BUNDLED", folder / "own")
+    return folder / "own"
 
 
 @pytest.fixture
@@ -351,12 +364,63 @@ def test_a_recorded_run_of_the_official_script_is_repeated(colored, tmp_path):
     assert media.read_video(tmp_path / "all.mkv").frames.shape == (8, 32, 3 * 48, 3)
 
 
+# ---------------------------------------------------------------- the weights' own numbers
+
+
+def test_without_weights_the_bundled_ones_are_used_and_named_once(colorize, colored, bundled, tmp_path):
+    own = {"--weights": None, "--steps": None, "--guidance": None, "--window": None, "--overlap": None}
+    code, report, err = colorize({**BASE, **own, "--sketch": "long.mkv", "--out": tmp_path / "out.mkv"})
+    assert code == 0 and report["weights"] == str(bundled)
+    said = [line for line in err.splitlines() if "bundled" in line]
+    assert len(said) == 1 and "32x48 pixels, 9 frames; --weights for others" in said[0]
+    wanted = colored(sketch="long.mkv", out="wanted.mkv", steps=3, window=9, overlap=4)
+    np.testing.assert_array_equal(media.read_video(tmp_path / "out.mkv").frames, wanted)
+
+
+def test_a_flag_wins_over_the_weights_own_number(colored, expected):
+    np.testing.assert_array_equal(colored(weights="own"), expected)
+    assert (colored(weights="own", steps=None) != expected).any()
+    np.testing.assert_array_equal(colored(weights="own", steps=None), colored(steps=3))
+
+
+def test_a_sketch_of_another_area_is_told_which_size_to_pass_and_not_resized(colorize, tmp_path):
+    for weights, advised in (("own", False), ("own_of_larger_clips", True)):
+        code, report, err = colorize({**BASE, "--weights": weights, "--out": tmp_path / f"{weights}.mkv"})
+        assert code == 0 and (report["height"], report["width"]) == (32, 48)
+        line = "sketch.mkv: 32x48, but the weights were trained at 64x112 and colour best near that: "
+        assert (f"{line}--size 64x96" in err.splitlines()) == advised
+
+
+def test_missing_bundled_weights_are_an_incomplete_installation(colorize, no_networks, monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_directory, "BUNDLED", tmp_path / "gone")
+    for flags in ({**BASE, "--out": tmp_path / "out.mkv"}, {"--demo": True}, {"--jobs": "jobs.csv"}):
+        code, report, _ = colorize({**flags, "--weights": None})
+        assert code == 2 and "gone" in report["error"]["where"]
+        assert "come with the package are missing" in report["error"]["what"]
+
+
+def test_the_demo_shows_sketch_reference_result_and_truth_large(colorize, bundled, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, report, err = colorize({"--demo": True})
+    assert code == 0 and "bundled weights" in err
+    assert report.keys() == {"out", "frames", "height", "width", "seconds", "seconds_per_step", "weights"}
+    assert (report["out"], report["weights"]) == ("demo.mp4", str(bundled))
+    assert sorted(os.listdir()) == ["demo.mp4", "demo_comparison.mp4"]
+
+    assert colorize({"--demo": True, "--out": "lossless.mkv"})[0] == 0
+    result, shown = (media.read_video(name) for name in ("lossless.mkv", "lossless_comparison.mkv"))
+    assert result.fps == shown.fps == demo.FPS
+    clip = draw_clip(9, 32, 48, seed=demo.SEED, fps=demo.FPS)
+    still = clip.reference[None].repeat(9, axis=0)
+    panels = np.concatenate([clip.line_art, still, result.frames, clip.color], axis=2)
+    np.testing.assert_array_equal(shown.frames, panels.repeat(8, axis=1).repeat(8, axis=2))
+
+
 # ---------------------------------------------------------------- refused
 
 REFUSED = [
     ({"--sketch": None}, "--sketch", "missing"),
     ({"--reference": None}, "--reference", "missing"),
-    ({"--weights": None}, "--weights", "missing"),
     ({"--out": None}, "--out", "missing"),
     ({"--sketch": "nowhere.mp4"}, "nowhere.mp4", "does not exist"),
     ({"--sketch": "empty.mp4"}, "empty.mp4", "empty"),
@@ -368,6 +432,7 @@ REFUSED = [
     ({"--reference": "sketch.mkv"}, "sketch.mkv", "not an image"),
     ({"--weights": "nowhere"}, "nowhere", "config.json is missing"),
     ({"--weights": "other_version"}, "config.json", "version 99"),
+    ({"--weights": "bad_inference"}, "config.json: inference.steps", "0"),
     ({"--weights": "no_lcg"}, "no_lcg", "lacks lcg"),
     ({"--weights": "no_vae"}, "no_vae", "lacks vae"),
     ({"--out": "out.mp3"}, "out.mp3", "'.mp3'"),
@@ -383,13 +448,13 @@ REFUSED = [
     ({"--steps": 0}, "--steps", "0 steps"),
     ({"--steps": 2000}, "--steps", "2000 steps"),
     ({"--steps": 3, "--sampler": "pndm"}, "--steps", "3 steps"),
-    ({"--steps": "many"}, "arguments", "--steps: invalid literal for int() with base 10: 'many'"),
+    ({"--seed": "many"}, "arguments", "--seed: invalid literal for int() with base 10: 'many'"),
     ({"--guidance": "nan"}, "--guidance", "nan"),
     ({"--guidance": -1}, "--guidance", "-1"),
     ({"--window": 49}, "--window", "49"),
     ({"--window": 16}, "--window", "16"),
     ({"--sketch": "long.mkv", "--overlap": 7}, "--overlap", "7"),
-    ({"--sketch": "long.mkv", "--overlap": 12}, "--overlap", "12"),
+    ({"--sketch": "long.mkv", "--overlap": 16}, "--overlap", "16"),
     ({"--sampler": "dpm"}, "--sampler", "'dpm'"),
     ({"--mesh": "rows=2"}, "--mesh", "rows=2"),
     ({"--mesh": "data=9"}, "--mesh", "9"),
@@ -411,7 +476,10 @@ REFUSED = [
     ({"--invert": "maybe"}, "arguments", "'maybe'"),
     ({"--colour": "red"}, "arguments", "--colour"),
     ({"--reference=reference.png": True}, "--reference", "2 times"),
+    ({"--weights": "own", "--window": 17, "--overlap": 16, "--sketch": "long.mkv"}, "--overlap", "16"),
     ({"--demo": True}, "--sketch", "--demo"),
+    ({"--demo": True, "--sketch": None}, "--reference", "--demo"),
+    ({"--demo": True, "--sketch": None, "--reference": None, "--steps": 0}, "--steps", "0 steps"),
     ({"--jobs": "jobs.csv"}, "--sketch", "--jobs"),
 ]
 
@@ -514,6 +582,16 @@ def test_jobs_are_coloured_once_each_with_its_own_values(jobs, colored, folder, 
     assert (tmp_path / "a.mkv").stat().st_mtime_ns == written
 
 
+def test_jobs_without_weights_use_the_bundled_ones(jobs, colored, bundled, tmp_path):
+    numbers = {"--weights": None, "--steps": None, "--window": None, "--overlap": None}
+    text = "sketch,reference,out,steps\nsketch.mkv,reference.png,a.mkv,\nsketch.mkv,reference.png,b.mkv,2\n"
+    code, report, err = jobs(text, **numbers)
+    assert code == 0 and report["weights"] == str(bundled) and err.count("bundled weights") == 1
+    for name, steps in (("a.mkv", 3), ("b.mkv", 2)):
+        wanted = colored(sketch="sketch.mkv", weights=bundled, steps=steps)
+        np.testing.assert_array_equal(media.read_video(tmp_path / name).frames, wanted)
+
+
 def test_nothing_is_loaded_when_all_jobs_are_done(jobs, no_networks, tmp_path):
     shutil.copy(tmp_path / "sketch.mkv", tmp_path / "a.mkv")
     code, report, _ = jobs("sketch,reference,out\ngone.mkv,reference.png,a.mkv\n")
@@ -573,7 +651,7 @@ def test_jobs_need_a_file(jobs, no_networks):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Both demos share compiled programs, and leave those of the user alone."""
+    """Leaves the user's compiled programs alone."""
     return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla"))}
 
 
@@ -585,19 +663,18 @@ def test_the_demo_needs_nothing_and_leaves_its_two_videos(environment, tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report.keys() == {"out", "frames", "height", "width", "seconds", "seconds_per_step", "weights"}
-    assert (report["out"], report["weights"]) == ("demo.mp4", "tiny, untrained")
+    assert (report["out"], report["weights"]) == ("demo.mp4", str(weights_directory.BUNDLED))
     assert sorted(os.listdir(tmp_path)) == ["demo.mp4", "demo_comparison.mp4"]
-    frames, height, width = report["frames"], report["height"], report["width"]
-    assert media.read_video(tmp_path / "demo.mp4").frames.shape == (frames, height, width, 3)
-    assert media.read_video(tmp_path / "demo_comparison.mp4").frames.shape == (frames, height, 3 * width, 3)
+    assert media.read_video(tmp_path / "demo.mp4").frames.any()
 
 
-def test_ctrl_c_during_denoising_leaves_nothing(environment, tmp_path):
+def test_ctrl_c_during_denoising_leaves_nothing(environment, folder, tmp_path):
     """The progress bar on a terminal tells when to interrupt."""
     terminal, stderr = os.openpty()
     termios.tcsetwinsize(stderr, (24, 100))  # a terminal without columns has no room for a progress bar
     process = subprocess.Popen(
-        [sys.executable, TOOL, "--demo", "--json", "--steps", "1000"], cwd=tmp_path, env=environment,
+        [sys.executable, TOOL, "--demo", "--json", "--steps", "1000", "--weights", folder / "own"],
+        cwd=tmp_path, env=environment,
         stdout=subprocess.PIPE, stderr=stderr, text=True,
         # a test run in the background of a script ignores Ctrl-C, and would hand that on
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -640,7 +717,7 @@ def test_a_refusal_is_one_json_object_on_the_last_line(environment, tmp_path):
     )
     assert done.returncode == 2
     assert json.loads(done.stdout.splitlines()[-1])["error"].keys() == {"what", "where", "expected", "fix"}
-    assert done.stderr.startswith("error: --weights: is missing") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: --reference: is missing") and "Traceback" not in done.stderr
 
 
 def test_help_names_every_flag(tool, monkeypatch, capsys):

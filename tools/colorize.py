@@ -1,8 +1,8 @@
 """Colours a line-art clip from a reference image.
 
     python tools/colorize.py --demo
-    python tools/colorize.py --weights weights/ --sketch sketch.mp4 --reference front.png --out colored.mp4
-    python tools/colorize.py --jobs clips.csv --weights weights/
+    python tools/colorize.py --sketch sketch.mp4 --reference front.png --out colored.mp4
+    python tools/colorize.py --weights weights/ --jobs clips.csv
 """
 
 from dataclasses import dataclass, fields
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from animecolor_jax import cli
-from animecolor_jax.colorize import Colorizer, Job, check_flags, read_jobs, read_prompt, run_demo
+from animecolor_jax.colorize import Colorizer, Job, check_flags, read_jobs, read_prompt
+from animecolor_jax.demo import run_demo
 from animecolor_jax.pipeline import NEGATIVE_PROMPT
 
 
@@ -29,15 +30,15 @@ class Arguments:
     negative_prompt: str = NEGATIVE_PROMPT
     """What the clip should not show."""
     weights: Path | None = None
-    """Weights directory (tools/convert_torch.py)."""
+    """Weights directory (tools/convert_torch.py, tools/train.py); default: the small ones of the package."""
     out: Path | None = None
     """.mp4, .webm, .gif, .mkv (lossless), or a folder of PNGs."""
     comparison: Path | None = None
     """Also write sketch, reference and result side by side."""
-    steps: int = 50
-    """Denoising steps."""
-    guidance: float = 6.0
-    """Guidance scale; 1 turns guidance off and halves the time."""
+    steps: int | None = None
+    """Denoising steps; default: what the weights name, else 50."""
+    guidance: float | None = None
+    """Guidance scale; 1 turns guidance off and halves the time; default: what the weights name, else 6."""
     dynamic_guidance: bool = False
     """Let the guidance scale rise with the step."""
     seed: int = 43
@@ -50,10 +51,11 @@ class Arguments:
     """Frame rate of the result; default: the sketch's."""
     invert: Literal["auto", "yes", "no"] = "auto"
     """Invert the line art; auto makes light lines on dark into dark lines on light."""
-    window: int = 49
-    """Frames of one window; longer clips are coloured in overlapping windows."""
-    overlap: int = 16
-    """Frames by which windows overlap."""
+    window: int | None = None
+    """Frames of one window; longer clips are coloured in overlapping windows; default: what the weights name,
+    else 49."""
+    overlap: int | None = None
+    """Frames by which windows overlap; default: what the weights name, else 16."""
     dtype: str | None = None
     """float32, bfloat16 or float16; default: the weights' own."""
     mesh: str = ""
@@ -66,7 +68,7 @@ class Arguments:
     """CSV of many clips: columns sketch, reference (several separated by ;), out, and any of prompt,
     negative_prompt, comparison, seed, steps, guidance, fps, invert. Clips already there are skipped."""
     demo: bool = False
-    """Colour a clip that is drawn on the spot, with small weights made on the spot or with --weights."""
+    """Colour a cartoon that is drawn on the spot, from its own first frame."""
     json: bool = False
     """Print one JSON object as the last line."""
 
@@ -79,17 +81,18 @@ def run(args):
     values["size"] = None if args.size is None else cli.parse_size(args.size)
     if args.prompt_file is not None:
         values["prompt"] = read_prompt(args.prompt_file)
+    colorizer = Colorizer(args.weights, args.dtype, args.mesh)
+    weights = str(colorizer.weights.directory)
     if args.demo:
-        job, report = run_demo(values, args.weights, args.dtype, args.mesh)
+        job, report = run_demo(values, colorizer)
     elif args.jobs is not None:
-        jobs = read_jobs(args.jobs, values)
-        report = Colorizer(args.weights, args.dtype, args.mesh).run_all(jobs)
-        return {**report, "weights": str(args.weights)}, not report["failed"]
+        report = colorizer.run_all(read_jobs(args.jobs, values))
+        return {**report, "weights": weights}, not report["failed"]
     else:
-        job, colorizer = Job(**values), Colorizer(args.weights, args.dtype, args.mesh)
+        job = Job(**values)
         report = colorizer.run(job, colorizer.read(job))
     print(*filter(None, (job.out, job.comparison)), sep="\n")
-    return {**report, "weights": "tiny, untrained" if args.weights is None else str(args.weights)}, True
+    return {**report, "weights": weights}, True
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from animecolor_jax.train import peers
 from animecolor_jax.train.config import TrainConfig
 
 
-def read_config(path):
-    """The `CONFIG` of a Python file; InputError where there is none."""
+def read_config(path, kind=TrainConfig):
+    """The `CONFIG` of a Python file, of the class `kind`; InputError where there is none."""
     path = Path(path)
     fix = "see configs/stage1_sketch.py"
     if path.suffix != ".py" or not path.is_file():
@@ -30,9 +30,9 @@ def read_config(path):
             f"cannot be run: {error!r}", where=path, expected="a Python file", fix=fix
         ) from error
     config = getattr(module, "CONFIG", None)
-    if not isinstance(config, TrainConfig):
+    if not isinstance(config, kind):
         raise InputError(
-            f"CONFIG is {type(config).__name__}", where=path, expected="CONFIG, a TrainConfig", fix=fix
+            f"CONFIG is {type(config).__name__}", where=path, expected=f"CONFIG, a {kind.__name__}", fix=fix
         )
     return config
 
