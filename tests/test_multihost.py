@@ -81,6 +81,7 @@ def assert_close(run, expected):
         np.testing.assert_allclose(leaf, others[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one(together, alone):
     run, (first, second) = together
     assert_close(run, alone)

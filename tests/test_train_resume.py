@@ -184,6 +184,7 @@ def test_another_mesh_gives_the_same_next_losses(train, tmp_path):
         np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_as_it_is_and_goes_on_with_more_steps(train, tmp_path):
     run = tmp_path / "run"
     assert train("--steps", "2")[1]["step"] == 2
