@@ -7,6 +7,12 @@ from animecolor_jax.train.config import OptimizerConfig, require
 from data_pipeline.toon import ToonConfig
 
 
+def _cosine(learning_rate, **changes):
+    """AdamW as small networks take it: a high learning rate that falls to next to nothing."""
+    common = {"schedule": "cosine", "warmup_steps": 50, "final_fraction": 0.02, "clip_norm": 1.0, "eps": 1e-8}
+    return OptimizerConfig(learning_rate=learning_rate, **{**common, "weight_decay": 0.0, **changes})
+
+
 @dataclass(frozen=True)
 class ClipsConfig:
     """The drawn clips, and from which seeds they are."""
@@ -49,12 +55,7 @@ class AutoencoderConfig:
     """Every so many steps the batch is of single frames, as references are: whole ones."""
     image_batch_size: int = 8
     kl_weight: float = 1e-4
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=5e-3, schedule="cosine", warmup_steps=50, final_fraction=0.02, clip_norm=1.0,
-            weight_decay=0.0, eps=1e-8,
-        )
-    )  # fmt: skip
+    optimizer: OptimizerConfig = field(default_factory=lambda: _cosine(5e-3))
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,7 @@ class EncodersConfig:
     batch_size: int = 64
     color_weight: float = 4.0
     """Of the patches' colours, beside the contrastive loss."""
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=1e-3, schedule="cosine", warmup_steps=50, final_fraction=0.02, clip_norm=1.0,
-            weight_decay=0.01, eps=1e-8,
-        )
-    )  # fmt: skip
+    optimizer: OptimizerConfig = field(default_factory=lambda: _cosine(1e-3, weight_decay=0.01))
 
 
 @dataclass(frozen=True)
@@ -86,11 +82,8 @@ class StagesConfig:
     dtype: str = "float32"
     """Of the networks' arithmetic."""
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=1e-3, schedule="cosine", warmup_steps=50, final_fraction=0.05, clip_norm=1.0,
-            weight_decay=0.01, eps=1e-8, ema=0.995,
-        )
-    )  # fmt: skip
+        default_factory=lambda: _cosine(1e-3, weight_decay=0.01, final_fraction=0.05, ema=0.995)
+    )
     timesteps: int = 8
     """Of each validation clip, of which the validation loss is taken."""
 
