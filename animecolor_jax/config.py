@@ -228,12 +228,12 @@ def _animecolor(preset, denoiser, **components):
     return AnimeColorConfig(preset=preset, denoiser=denoiser, lcg=lcg, hce=hce, **components)
 
 
-def _mini(name, size, frames, vae_widths, norm_num_groups, patch_size):
+def _mini(name, size, frames, vae_widths, norm_num_groups):
     """A small but complete model, trained by tools/train_mini.py for clips of `size` pixels and `frames`."""
     height, width = size
     vae = VAEConfig(
         block_out_channels=vae_widths,
-        latent_channels=8,
+        latent_channels=16,
         layers_per_block=1,
         norm_num_groups=norm_num_groups,
         sample_height=height,
@@ -245,10 +245,10 @@ def _mini(name, size, frames, vae_widths, norm_num_groups, patch_size):
         head_dim=32,
         in_channels=2 * vae.latent_channels,
         out_channels=vae.latent_channels,
-        patch_size=patch_size,
+        patch_size=2,
         time_embed_dim=64,
         text_dim=64,
-        text_length=32,
+        text_length=64,
         sample_height=height // vae.spatial_compression,
         sample_width=width // vae.spatial_compression,
         sample_frames=frames,
@@ -355,6 +355,6 @@ PRESETS = {
         ),
         scheduler=SchedulerConfig(),
     ),
-    "mini": _mini("mini", (96, 160), 17, (24, 48, 64), norm_num_groups=8, patch_size=2),
-    "mini-cpu": _mini("mini-cpu", (64, 96), 9, (8, 32, 64), norm_num_groups=4, patch_size=4),
+    "mini": _mini("mini", (96, 160), 17, (24, 48, 64), norm_num_groups=8),
+    "mini-cpu": _mini("mini-cpu", (64, 96), 9, (8, 32, 64), norm_num_groups=4),
 }

@@ -10,7 +10,7 @@ from animecolor_jax.pipeline import Pipeline
 from data_pipeline.toon import draw_clip
 
 CLIPS = 8
-FLOOR = 16.5  # dB; these clips came to 17.8, with stage 1 alone to 12.1
+FLOOR = 18.0  # dB; these clips came to 19.6, with stage 1 alone to 12.9
 
 
 @pytest.fixture(scope="module")
@@ -32,4 +32,4 @@ def test_held_out_clips_are_colored_like_their_references(scores):
 
 
 def test_no_clip_fails(scores):
-    assert min(scores) > 13
+    assert min(scores) > 15

@@ -13,6 +13,11 @@ def _cosine(learning_rate, **changes):
     return OptimizerConfig(learning_rate=learning_rate, **{**common, "weight_decay": 0.0, **changes})
 
 
+def _toon(**changes):
+    """One or two figures in a constant light: line art cannot tell how the light changes."""
+    return ToonConfig(max_characters=2, lighting=0.0, **changes)
+
+
 @dataclass(frozen=True)
 class ClipsConfig:
     """The drawn clips, and from which seeds they are."""
@@ -28,8 +33,8 @@ class ClipsConfig:
     """Of the training clips, how many are encoded for the stages; the VAE and the encoders see all."""
     references: int = 3
     """Frames of a training clip, the first among them, that are encoded as references; a step takes one."""
-    toon: ToonConfig = field(default_factory=lambda: ToonConfig(motion=1.0))
-    test_toon: ToonConfig = field(default_factory=lambda: ToonConfig(motion=1.5, late_entry=0.5))
+    toon: ToonConfig = field(default_factory=_toon)
+    test_toon: ToonConfig = field(default_factory=lambda: _toon(motion=1.5, late_entry=0.5))
     """Of the held-out clips: larger motion, and more characters that are not in the reference."""
     train_seed: int = 0
     validation_seed: int = 8_000_000
@@ -63,7 +68,7 @@ class EncodersConfig:
     """Training of image and text encoder, together: a caption is to be told from others by its frame, and
     patches are to say their colours."""
 
-    steps: int = 600
+    steps: int = 1500
     batch_size: int = 64
     color_weight: float = 4.0
     """Of the patches' colours, beside the contrastive loss."""
@@ -74,8 +79,8 @@ class EncodersConfig:
 class StagesConfig:
     """The four stages, and the baseline that has reference and sketch on its input channels instead."""
 
-    steps: tuple[int, int, int, int] = (1500, 400, 1200, 3000)
-    batch_size: int = 8
+    steps: tuple[int, int, int, int] = (1200, 300, 800, 3000)
+    batch_size: int = 4
     text_dropout: float = 0.1
     concat: bool = True
     """Whether the baseline is trained, as many steps as all stages together."""
