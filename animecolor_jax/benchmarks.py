@@ -146,7 +146,7 @@ def denoise_loop(model, latents, sketch, text, conditions, sampler, rebuild=None
     state = init_state(sampler, latents)
     latents = jnp.array(latents)  # the step donates its argument
     for i in range(sampler.num_calls):
-        latents, state, _ = step(
+        latents, state, *_ = step(
             model,
             latents,
             state,

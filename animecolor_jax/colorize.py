@@ -2,8 +2,10 @@
 
 import csv
 import io
+import queue
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from animecolor_jax import canvas, media, media_writing, safetensors_io, sharding, weights
+from animecolor_jax import canvas, denoise, media, media_writing, safetensors_io, sharding, weights
 from animecolor_jax.config import CONFIG_CLASSES
 from animecolor_jax.errors import InputError
 from animecolor_jax.pipeline import NEGATIVE_PROMPT, Noise, NonFiniteError, Pipeline, make_plan
@@ -47,6 +49,7 @@ class Job:
     overlap: int | None = None
     noise: Path | None = None
     strict_reference: bool = False
+    step_cache: float = 0.0
 
     def completed(self, inference):
         """The job with every number that is None taken from `inference`, the weights' own."""
@@ -88,14 +91,16 @@ class Colorizer:
         directory: of the weights; None for those that come with the package.
 
     Raises:
-        InputError: no weights directory, one that lacks a network, or a mesh that does not fit the devices.
+        InputError: no weights directory, one that lacks a network, or a mesh or number of devices that are
+            not there.
     """
 
-    def __init__(self, directory=None, dtype=None, mesh=""):
+    def __init__(self, directory=None, dtype=None, mesh="", offload="auto", devices=1):
+        self.devices = _devices(devices, mesh)
         self.mesh = sharding.make_mesh(**sharding.parse_mesh(mesh)) if mesh else None
         self.is_bundled = directory is None
         self.weights = weights.Weights(_bundled() if directory is None else directory)
-        self.dtype = dtype
+        self.dtype, self.offload = dtype, offload
         self.weights.require(*CONFIG_CLASSES)
         self.tokenizer = Tokenizer.load(self.weights.directory / "tokenizer")
         self.pipeline = None
@@ -105,7 +110,9 @@ class Colorizer:
         if self.pipeline is None:
             if self.is_bundled:
                 print(_describe(self.weights), file=sys.stderr)
-            self.pipeline = Pipeline.load(self.weights.directory, dtype=self.dtype, mesh=self.mesh)
+            self.pipeline = Pipeline.load(
+                self.weights.directory, dtype=self.dtype, mesh=self.mesh, offload=self.offload
+            )
 
     def read(self, job):
         """Reads a job's files and checks all that can be known without the networks.
@@ -123,8 +130,11 @@ class Colorizer:
             raise _moved(error, _FLAGS.get(error.where, error.where)) from error
         return inputs
 
-    def run(self, job, inputs, progress=None):
+    def run(self, job, inputs, progress=None, pipeline=None):
         """Colours one clip and writes its files.
+
+        Args:
+            pipeline: by default the one of `load`.
 
         Returns:
             {"out", "frames", "height", "width", "seconds", "seconds_per_step"}.
@@ -134,11 +144,11 @@ class Colorizer:
         if advice := _size_advice(job, inputs.sketch.shape[1:3], self.weights.inference.size):
             print(advice, file=sys.stderr)
         self.load()
-        job = job.completed(self.weights.inference)
+        pipeline, job = pipeline or self.pipeline, job.completed(self.weights.inference)
         began = time.perf_counter()
-        video = self.pipeline(
+        video = pipeline(
             inputs.sketch, inputs.references, noise=inputs.noise, dynamic_guidance=job.dynamic_guidance,
-            key=jax.random.key(job.seed), progress=progress, **job.options(),
+            key=jax.random.key(job.seed), step_cache=job.step_cache, progress=progress, **job.options(),
         )
         if job.comparison is not None:  # first, so that where `out` is, nothing is missing
             media_writing.write_video(job.comparison, _comparison(inputs, video), inputs.fps)
@@ -147,7 +157,7 @@ class Colorizer:
             "out": str(job.out),
             "frames": len(video), "height": video.shape[1], "width": video.shape[2],
             "seconds": round(time.perf_counter() - began, 3),
-            "seconds_per_step": round(self.pipeline.seconds["denoise"] / job.steps, 4),
+            "seconds_per_step": round(pipeline.seconds["denoise"] / job.steps, 4),
         }
 
     def run_all(self, jobs):
@@ -170,15 +180,61 @@ class Colorizer:
             except InputError as error:
                 raise _moved(error, f"{where}: {error.where}") from error
         done, failed = [], {}
-        for job in tqdm(todo.values(), desc="clips", disable=not sys.stderr.isatty()):
-            self.load()  # not in the try: damaged weights fail all jobs alike
-            try:
-                done.append(self.run(job, self.read(job), progress=False))
-                print(job.out, flush=True)
-            except (InputError, NonFiniteError, OSError, jax.errors.JaxRuntimeError) as error:
-                failed[str(job.out)] = str(error)
-                print(f"error: {job.out}: {error}", file=sys.stderr)
+        with tqdm(total=len(todo), desc="clips", disable=not sys.stderr.isatty()) as bar:
+            for job, result in self._run_each(list(todo.values())):
+                if isinstance(result, Exception):
+                    failed[str(job.out)] = str(result)
+                    print(f"error: {job.out}: {result}", file=sys.stderr)
+                else:
+                    done.append(result)
+                    print(job.out, flush=True)
+                bar.update()
         return {"clips": done, "skipped": skipped, "failed": failed}
+
+    def _run_each(self, jobs):
+        """Yields (job, report of `run` or why it failed) as they finish, a clip on each device at a time."""
+        if not jobs:
+            return
+        self.load()  # damaged weights fail all jobs alike
+        others = self.devices[1 : len(jobs)]
+        idle = queue.SimpleQueue()
+        for pipeline in (self.pipeline, *(self.pipeline.copy_to(device) for device in others)):
+            idle.put(pipeline)
+
+        def run(job):
+            pipeline = idle.get()
+            try:
+                return job, self.run(job, self.read(job), progress=False, pipeline=pipeline)
+            except (InputError, NonFiniteError, OSError, jax.errors.JaxRuntimeError) as error:
+                return job, error
+            finally:
+                idle.put(pipeline)
+
+        if not others:
+            yield from map(run, jobs)
+            return
+        with ThreadPoolExecutor(1 + len(others)) as pool:
+            running = [pool.submit(run, job) for job in jobs]
+            try:
+                yield from (each.result() for each in as_completed(running))
+            except BaseException:  # Ctrl-C: clips that have begun are finished
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _devices(count, mesh):
+    """The first `count` devices, of which each colours a clip."""
+    there = jax.local_devices()
+    if not 1 <= count <= len(there):
+        raise InputError(
+            f"{count}", where="--devices", expected=f"1 to {len(there)}, the devices of this computer"
+        )
+    if count > 1 and mesh:
+        raise InputError(
+            f"{count} with --mesh {mesh}", where="--devices", expected="one of the two",
+            fix="--devices for a clip on each device, --mesh for one clip on all",
+        )
+    return there[:count]
 
 
 def _bundled():
@@ -240,6 +296,10 @@ def check_flags(args):
         if not getattr(args, name):
             expected, fix = _NEEDED[name]
             raise InputError("is missing", where=f"--{name}", expected=expected, fix=fix)
+    if args.devices > 1 and mode != "--jobs":
+        raise InputError(
+            f"{args.devices}", where="--devices", expected="1 without --jobs", fix="--mesh shares one clip"
+        )
     clashes = [(f"--{name}", mode) for name in refused if getattr(args, name)]
     clashes += [("--prompt", "--prompt-file")] if args.prompt and args.prompt_file is not None else []
     clashes += [("--size", "--strict-reference")] if args.size is not None and args.strict_reference else []
@@ -271,6 +331,7 @@ def _read_inputs(job):
             f"{job.seed}", where="--seed", expected=f"a whole number from 0 to {2**32 - 1}",
             fix="for example --seed 43",
         )
+    denoise.check_step_cache(job.step_cache, job.sampler)
     if job.fps is not None and not 0 < job.fps <= 1000:
         raise InputError(
             f"{job.fps}", where="--fps", expected="frames a second, above 0 and at most 1000",

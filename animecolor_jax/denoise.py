@@ -15,9 +15,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from animecolor_jax import canvas
+from animecolor_jax.errors import InputError
 from animecolor_jax.models import positions
 from animecolor_jax.models.vae import encode_slices, posterior
 from animecolor_jax.sampling import guide, scale_input, step
+from animecolor_jax.sharding import constrain
 
 
 @jax.jit
@@ -95,7 +97,7 @@ def rotary_table(config, size):
 
 
 def predict(model, latents, sketch, text, timestep, conditions, rope):
-    """The network's v for every text: guidance varies the text only, all else is shared.
+    """The network's v for every text.
 
     Args:
         latents, sketch: [1, T, H, W, C]; text: [G, L, D], negative first; timestep: scalar.
@@ -103,9 +105,15 @@ def predict(model, latents, sketch, text, timestep, conditions, rope):
     Returns:
         [G, T, H, W, C].
     """
+    return model(*for_every_text(latents, sketch, text, timestep), conditions, rope)
+
+
+def for_every_text(latents, sketch, text, timestep):
+    """What the model is called with, B = G: guidance varies the text only, all else is shared. Arguments are
+    those of `predict`."""
     branches = len(text)
     latents, sketch = (jnp.broadcast_to(x, (branches, *x.shape[1:])) for x in (latents, sketch))
-    return model(latents, sketch, text, jnp.full(branches, timestep), conditions, rope)
+    return latents, sketch, text, jnp.full(branches, timestep)
 
 
 class Layout(NamedTuple):
@@ -151,7 +159,7 @@ def blend(v, weights, index):
     return total[index]
 
 
-@partial(jax.jit, static_argnames=("dtype", "mesh"), donate_argnames=("latents", "state"))
+@partial(jax.jit, static_argnames=("dtype", "mesh", "keep"), donate_argnames=("latents", "state"))
 def denoise_step(
     model,
     latents,
@@ -166,9 +174,11 @@ def denoise_step(
     noise,
     weights,
     index,
+    residual=None,
     *,
     dtype,
     mesh=None,
+    keep=False,
 ):
     """One call of the network for every window, guidance, blending and the sampler's update.
 
@@ -178,23 +188,65 @@ def denoise_step(
         text: [2, L, D], negative first, or [1, L, D] for no guidance.
         i: index of the call. noise: like latents, or None if the sampler draws none.
         weights, index: of the `Layout`.
+        residual: [W, G, S, D], what the blocks added to the tokens in an earlier call and are taken to add
+            again; None runs them.
         dtype: of the latents between steps (the reference rounds them to the network's dtype).
+        keep: whether to return what the blocks add.
 
     Returns:
-        (latents, state, whether all latents are finite).
+        (latents, state, whether all latents are finite, `residual` for later calls or None).
     """
     inputs = scale_input(sampler, latents, i).astype(dtype)
     timestep = jnp.asarray(sampler.timesteps)[i]
 
     def one_window(xs):
-        window, window_sketch = (shard_latents(x[None], mesh) for x in xs)
-        v = predict(model, window, window_sketch, text, timestep, conditions, rope)
-        return guide(v[0], v[1], guidance_scale) if len(v) == 2 else v[0].astype(jnp.float32)
+        window, window_sketch, added = xs
+        window, window_sketch = (shard_latents(x[None], mesh) for x in (window, window_sketch))
+        given = for_every_text(window, window_sketch, text, timestep)
+        if added is None:
+            v, added = model.with_residual(*given, conditions, rope)
+        else:
+            v = model.from_residual(*given, added)
+        v = guide(v[0], v[1], guidance_scale) if len(v) == 2 else v[0].astype(jnp.float32)
+        return v, constrain(added) if keep else None
 
-    v = blend(jax.lax.map(one_window, (inputs, sketch)), weights, index)
-    latents, state = step(sampler, v, latents, state, i, noise)
+    v, kept = jax.lax.map(one_window, (inputs, sketch, residual))
+    latents, state = step(sampler, blend(v, weights, index), latents, state, i, noise)
     latents = latents.astype(dtype)
-    return latents, state, jnp.isfinite(latents).all()
+    return latents, state, jnp.isfinite(latents).all(), kept
+
+
+def check_step_cache(threshold, sampler):
+    """Raises InputError unless it is a finite number of at least 0, and 0 for a sampler that calls the
+    network several times within a step."""
+    if threshold and sampler == "pndm":
+        raise InputError(f"{threshold} with pndm", where="--step-cache", expected="0", fix="use ddim")
+    if not 0 <= threshold < float("inf"):
+        raise InputError(
+            f"{threshold}", where="--step-cache", expected="a finite number of at least 0",
+            fix="0 is exact; the larger, the faster and the less like it",
+        )  # fmt: skip
+
+
+def steps_to_run(denoiser, sampler, threshold):
+    """Which calls run the network's blocks, where the others take what these added: [N] bool.
+
+    Blocks run again once the timestep's embedding has changed by `threshold` in all, relative to its mean
+    size, since they last did; in the first and the last call always. After TeaCache (arXiv:2411.19108), which
+    looks at the first block's input as the embedding modulates it, through a polynomial fitted to one model.
+    """
+    embedded = np.asarray(_embed_timesteps(denoiser, jnp.asarray(sampler.timesteps)), np.float32)
+    runs, changed = np.ones(len(embedded), bool), 0.0
+    for i in range(1, len(embedded) - 1):
+        changed += np.abs(embedded[i] - embedded[i - 1]).mean() / np.abs(embedded[i - 1]).mean()
+        runs[i] = changed >= threshold
+        changed = 0.0 if runs[i] else changed
+    return runs
+
+
+@jax.jit
+def _embed_timesteps(denoiser, timesteps):
+    return denoiser.time_embed(timesteps)
 
 
 def shard_latents(x, mesh):

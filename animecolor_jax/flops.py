@@ -192,11 +192,12 @@ def cross_attention(config, video_tokens, color_tokens, gradients=FORWARD):
 def vae_encode(config, video_shape):
     """VAE, a video (T, H, W) of pixels, chunk by chunk as `VAE.encode` divides it."""
     chunks = [part.stop - part.start for part in encode_slices(video_shape[0], config)]
-    return sum(_encode_chunk(config, frames, *video_shape[1:]) for frames in chunks)
+    return sum(vae_encode_chunk(config, (frames, *video_shape[1:])) for frames in chunks)
 
 
-def _encode_chunk(config, frames, height, width):
-    widths = config.block_out_channels
+def vae_encode_chunk(config, video_shape):
+    """One chunk of `vae_encode`, (T, H, W) pixels."""
+    (frames, height, width), widths = video_shape, config.block_out_channels
 
     def level(positions, in_dim, out_dim, depth):
         total = 0
@@ -217,6 +218,35 @@ def _encode_chunk(config, frames, height, width):
             total += dense(positions, 9 * out_dim, out_dim)
     total += level(positions, widths[-1], widths[-1], 2)
     return total + dense(positions, 27 * widths[-1], 2 * config.latent_channels)
+
+
+def vae_decode_chunk(config, latent_shape):
+    """VAE, one chunk of latents (T, H, W) as `decode_slices` divides them."""
+    (frames, height, width), widths = latent_shape, config.block_out_channels[::-1]
+    latents, channels = frames * height * width, config.latent_channels
+
+    def norm(dim):  # two convolutions of the latents
+        return 2 * dense(latents, channels, dim)
+
+    def level(positions, in_dim, out_dim, depth):
+        total = 0
+        for _ in range(depth):
+            shortcut = in_dim if in_dim != out_dim else 0
+            total += dense(positions, 27 * (in_dim + out_dim) + shortcut, out_dim)
+            total += norm(in_dim) + norm(out_dim)
+            in_dim = out_dim
+        return total
+
+    total = dense(latents, 27 * channels, widths[0]) + level(latents, widths[0], widths[0], 2)
+    positions = latents
+    for index, out_dim in enumerate(widths):
+        total += level(positions, widths[max(index - 1, 0)], out_dim, config.layers_per_block + 1)
+        if index < len(widths) - 1:
+            height, width = 2 * height, 2 * width
+            total += dense(frames * height * width, 9 * out_dim, out_dim)
+            frames = 2 * frames - frames % 2 if compresses_time(index, config) else frames
+            positions = frames * height * width
+    return total + norm(widths[-1]) + dense(positions, 27 * widths[-1], config.out_channels)
 
 
 def t5(config, tokens):

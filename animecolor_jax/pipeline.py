@@ -19,6 +19,7 @@ from animecolor_jax.errors import InputError
 from animecolor_jax.loading import to_host
 from animecolor_jax.models.animecolor import AnimeColor
 from animecolor_jax.models.vae import decode_slices, encode_slices
+from animecolor_jax.offload import Offloaded, copy_to, is_needed, on_devices, structure
 from animecolor_jax.sampling import dynamic_guidance_scale, init_state, make_sampler
 from animecolor_jax.tokenizer import Tokenizer
 from animecolor_jax.weights import Inference, Weights
@@ -146,13 +147,15 @@ class Pipeline:
         self.seconds = {}
 
     @classmethod
-    def load(cls, directory, *, dtype=None, mesh=None, attention="auto"):
+    def load(cls, directory, *, dtype=None, mesh=None, attention="auto", offload="auto"):
         """Reads a weights directory.
 
         Args:
             dtype: of parameters and computation, default as stored.
             mesh: a `sharding.make_mesh`, or None for one device.
             attention: backend of `models.attention`.
+            offload: "yes" keeps networks in the host's memory while others compute, "no" does not, "auto"
+                does where they take more than half of a GPU's or TPU's memory.
 
         Raises:
             InputError: not a weights directory, or one that lacks a network; without LCG or HCE the reference
@@ -163,35 +166,47 @@ class Pipeline:
         weights.require(*CONFIG_CLASSES)
         tokenizer = Tokenizer.load(weights.directory / "tokenizer")
 
+        limit = _memory_limit(mesh)
+        taken = 0 if limit is None else weights.bytes_on_device(dtype, mesh)
+        offloads = is_needed(offload, taken, limit, jax.process_count() > 1)
+        keep = Offloaded if offloads else lambda network: network
+
         def load(name, **overrides):
             return weights.load(name, dtype=dtype, mesh=mesh, **overrides)
 
-        model = AnimeColor(
+        encoders = {name: keep(load(name)) for name in ("text_encoder", "vae", "image_encoder")}
+        model = keep(AnimeColor(
             load("denoiser", attention=attention), lcg=load("lcg", attention=attention), hce=load("hce")
-        )
-        encoders = {name: load(name) for name in ("vae", "text_encoder", "image_encoder")}
+        ))  # fmt: skip
         return cls(
             model, tokenizer=tokenizer, scheduler=weights.config.scheduler, mesh=mesh,
             inference=weights.inference, **encoders,
         )  # fmt: skip
 
+    def copy_to(self, device):
+        """A pipeline of the same networks on another device."""
+        networks = [copy_to(each, device) for each in (
+            self.model, self.vae, self.text_encoder, self.image_encoder
+        )]  # fmt: skip
+        return Pipeline(*networks, self.tokenizer, self.scheduler, inference=self.inference)
+
     @property
     def dtype(self):
         """Compute dtype of the denoiser, and of the latents between steps."""
-        return self.model.denoiser.config.dtype
+        return structure(self.model).denoiser.config.dtype
 
     @property
     def config(self):
         """`AnimeColorConfig` of what `make_plan` asks for."""
         return AnimeColorConfig(
-            denoiser=self.model.denoiser.config, vae=self.vae.config, text_encoder=self.text_encoder.config,
-            scheduler=self.scheduler,
+            denoiser=structure(self.model).denoiser.config, vae=structure(self.vae).config,
+            text_encoder=structure(self.text_encoder).config, scheduler=self.scheduler,
         )
 
     def __call__(
         self, sketch, reference, *, prompt="", negative_prompt=NEGATIVE_PROMPT, num_steps=None,
         guidance_scale=None, dynamic_guidance=False, sampler="ddim", key=None, noise=None, window=None,
-        overlap=None, strict_reference=False, progress=None,
+        overlap=None, strict_reference=False, step_cache=0.0, progress=None,
     ):
         """Colours a clip. Steps, guidance, window and overlap are by default what the weights name.
 
@@ -206,6 +221,8 @@ class Pipeline:
             window, overlap: frames; a longer clip is coloured in overlapping windows.
             strict_reference: treat sizes as the official script does: the reference sets the canvas, the clip
                 is stretched to it and cut to 4k+1 frames, at most 49.
+            step_cache: how much the timestep's embedding may change before the denoiser's blocks run again
+                (`denoise.steps_to_run`); 0 runs them in every step, which alone is exact.
             progress: show progress bars; default: if stderr is a terminal.
 
         Returns:
@@ -215,6 +232,7 @@ class Pipeline:
             InputError: numbers, prompts or noise that the model or the clip cannot take, see `make_plan`.
             NonFiniteError: the latents became infinite or not a number.
         """
+        denoise.check_step_cache(step_cache, sampler)
         references = reference if isinstance(reference, list | tuple) else [reference]
         key = jax.random.key(43) if key is None else key
         best = self.inference
@@ -230,31 +248,37 @@ class Pipeline:
         show = sys.stderr.isatty() if progress is None else progress
         self.seconds = {}
         stage = partial(_stage, seconds=self.seconds, show=show)
-        chunks = len(plan.starts) * len(encode_slices(plan.length, self.vae.config))
+        chunks = len(plan.starts) * len(encode_slices(plan.length, self.config.vae))
         with self._on_mesh(), stage("encode", 3 + chunks) as bar:
-            text = denoise.encode_text(self.text_encoder, jnp.asarray(plan.ids))
+            with on_devices(self.text_encoder) as text_encoder:
+                text = denoise.encode_text(text_encoder, jnp.asarray(plan.ids))
             bar.update()
-            summary, features = denoise.encode_image(self.image_encoder, jnp.asarray(plan.images) / 255)
+            with on_devices(self.image_encoder) as image_encoder:
+                summary, features = denoise.encode_image(image_encoder, jnp.asarray(plan.images) / 255)
             bar.update()
-            moments = denoise.encode_video(self.vae, plan.images[:, None], bar)  # [K, 1, h, w, 2C]
-            windows = [plan.frames[None, start : start + plan.length] for start in plan.starts]
-            windows = jnp.concatenate([denoise.encode_video(self.vae, window, bar) for window in windows])
-            lines = denoise.sketch_latents(self.vae, windows)
             reference_key, latents_key, step_key = jax.random.split(key, 3)
             noise = plan.noise or Noise(
                 jax.random.normal(reference_key, (len(references), 1, *plan.latent_shape)),
                 plan.layout.spread(latents_key, plan.latent_shape),
             )
-            colors = denoise.reference_latents(self.vae, moments, noise.reference)[:, 0]  # [K, h, w, C]
-            conditions = denoise.make_conditions(self.model, colors[None], summary[None], features[None])
-        calls = make_sampler(sampler, num_steps, self.scheduler).num_calls
-        with self._on_mesh(), stage("denoise", calls) as bar:
-            latents = self.denoise(
-                noise.latents, lines, text, conditions, plan.layout, num_steps=num_steps, sampler=sampler,
-                guidance_scale=guidance_scale, dynamic_guidance=dynamic_guidance, key=step_key, bar=bar,
-            )
+            with on_devices(self.vae) as vae:
+                moments = denoise.encode_video(vae, plan.images[:, None], bar)  # [K, 1, h, w, 2C]
+                windows = [plan.frames[None, start : start + plan.length] for start in plan.starts]
+                windows = jnp.concatenate([denoise.encode_video(vae, window, bar) for window in windows])
+                lines = denoise.sketch_latents(vae, windows)
+                colors = denoise.reference_latents(vae, moments, noise.reference)[:, 0]  # [K, h, w, C]
+        with self._on_mesh(), on_devices(self.model) as model:
+            conditions = denoise.make_conditions(model, colors[None], summary[None], features[None])
+            calls = make_sampler(sampler, num_steps, self.scheduler).num_calls
+            with stage("denoise", calls) as bar:
+                latents = self.denoise(
+                    noise.latents, lines, text, conditions, plan.layout, num_steps=num_steps, sampler=sampler,
+                    guidance_scale=guidance_scale, dynamic_guidance=dynamic_guidance, key=step_key,
+                    step_cache=step_cache, bar=bar,
+                )
+        del conditions, lines, text, moments, windows  # decoding needs the memory
         latents = plan.layout.join(latents)
-        with stage("decode", len(decode_slices(latents.shape[1], self.vae.config))) as bar:
+        with self._on_mesh(), stage("decode", len(decode_slices(latents.shape[1], self.config.vae))) as bar:
             video = self.decode(latents, bar)
         return video if strict_reference else canvas.crop(video, *sketch.shape[1:3])[: len(sketch)]
 
@@ -264,7 +288,7 @@ class Pipeline:
 
     def denoise(
         self, latents, sketch, text, conditions, layout, *, num_steps, sampler="ddim", guidance_scale=6.0,
-        dynamic_guidance=False, key=None, bar=None,
+        dynamic_guidance=False, key=None, step_cache=0.0, bar=None,
     ):
         """The denoising loop, over all windows at once.
 
@@ -272,7 +296,7 @@ class Pipeline:
             latents: [W, T, h, w, C] standard normal, equal where windows overlap.
             sketch: likewise, scaled latents.
             text: [2 or 1, L, D]. conditions: from `denoise.make_conditions`. layout: `denoise.Layout`.
-            key: for samplers that draw noise.
+            key: for samplers that draw noise. step_cache: as of `__call__`.
 
         Returns:
             [W, T, h, w, C].
@@ -281,24 +305,33 @@ class Pipeline:
             NonFiniteError: at the first step after which a latent is not finite.
         """
         tables = make_sampler(sampler, num_steps, self.scheduler)
-        rope = denoise.rotary_table(self.model.denoiser.config, latents.shape[1:4])
+        rope = denoise.rotary_table(structure(self.model).denoiser.config, latents.shape[1:4])
         latents = (jnp.asarray(latents) * tables.init_noise_sigma).astype(self.dtype)
         state, finite = init_state(tables, latents), []
-        for i in range(tables.num_calls):
-            noise, scale = None, guidance_scale
-            if tables.draws_noise:
-                noise = layout.spread(jax.random.fold_in(key, i), latents.shape[2:])
-            if dynamic_guidance:
-                scale = dynamic_guidance_scale(guidance_scale, i, tables.num_calls)
-            latents, state, ok = denoise.denoise_step(
-                self.model, latents, state, sketch, text, conditions, rope, tables, scale, i, noise,
-                layout.weights, layout.index, dtype=self.dtype, mesh=self.mesh,
-            )
-            finite.append(ok)
-            if i:  # one step behind, so that the device always has the next one to do
-                self._check_finite(finite[i - 1], i - 1, sampler)
-            if bar is not None:
-                bar.update()
+        with on_devices(self.model) as model:
+            if self.mesh is None:  # where they stay: else the second step would be compiled anew
+                device = jax.tree.leaves(model)[0].sharding
+                latents, state = jax.device_put((latents, state), device)
+            runs, residual = np.ones(tables.num_calls, bool), None
+            if step_cache:
+                runs = denoise.steps_to_run(model.denoiser, tables, step_cache)
+            for i in range(tables.num_calls):
+                noise, scale = None, guidance_scale
+                if tables.draws_noise:
+                    noise = layout.spread(jax.random.fold_in(key, i), latents.shape[2:])
+                if dynamic_guidance:
+                    scale = dynamic_guidance_scale(guidance_scale, i, tables.num_calls)
+                latents, state, ok, kept = denoise.denoise_step(
+                    model, latents, state, sketch, text, conditions, rope, tables, scale, i, noise,
+                    layout.weights, layout.index, None if runs[i] else residual, dtype=self.dtype,
+                    mesh=self.mesh, keep=bool(step_cache and runs[i]),
+                )
+                residual = kept if runs[i] else residual
+                finite.append(ok)
+                if i:  # one step behind, so that the device always has the next one to do
+                    self._check_finite(finite[i - 1], i - 1, sampler)
+                if bar is not None:
+                    bar.update()
         self._check_finite(finite[-1], tables.num_calls - 1, sampler)
         return latents
 
@@ -312,12 +345,19 @@ class Pipeline:
     def decode(self, latents, bar=None):
         """[1, t, h, w, C] scaled latents -> [T, H, W, 3] uint8, chunk by chunk."""
         video, cache = [], None
-        for part in decode_slices(latents.shape[1], self.vae.config):
-            chunk, cache = denoise.decode_chunk(self.vae, latents[:, part], cache)
-            video.append(to_host(jnp.round(chunk[0] * 255).astype(jnp.uint8)))
-            if bar is not None:
-                bar.update()
+        with on_devices(self.vae) as vae:
+            for part in decode_slices(latents.shape[1], vae.config):
+                chunk, cache = denoise.decode_chunk(vae, latents[:, part], cache)
+                video.append(to_host(jnp.round(chunk[0] * 255).astype(jnp.uint8)))
+                if bar is not None:
+                    bar.update()
         return np.concatenate(video)
+
+
+def _memory_limit(mesh):
+    """Bytes of a device's memory; None for CPUs, where the host's is the same."""
+    device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
+    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
 
 def use_compilation_cache():

@@ -7,6 +7,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -49,7 +50,8 @@ def make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=None, whole=False):
 
 def num_slices(devices):
     """Number of TPU slices, each a fast network; GPUs call every host one, which does not matter."""
-    return len({device.slice_index for device in devices if device.platform == "tpu"}) or 1
+    # devices that are only described have no index where there is one slice
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
 def _arrange(shape, devices):
@@ -122,6 +124,19 @@ def constrain(x, *axes):
     return jax.lax.with_sharding_constraint(x, P(batch or None, *axes))
 
 
+def share_rows(video, rows):
+    """Lays frames [B, T, H, W, C] out over the mesh in use, their H over `context`, if that divides `rows`;
+    else they are left alone.
+
+    Args:
+        rows: H, or a divisor of it that must divide as well.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not shares_tokens() or rows % mesh.shape["context"]:
+        return video
+    return constrain(video, None, "context")
+
+
 def shares_tokens():
     """Whether the devices of the mesh in use each hold a share of every clip's tokens."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -136,3 +151,12 @@ def parameter_sharding(name, shape, mesh):
         for axis, size in zip(spec, shape, strict=False)
     ]
     return NamedSharding(mesh, P(*axes))
+
+
+def bytes_on_device(tree):
+    """Bytes on each device of arrays or ShapeDtypeStructs with shardings; keys are not counted."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )

@@ -301,6 +301,20 @@ class Weights:
         graphdef, _ = params.abstract(creator(name, config))
         return nnx.merge(graphdef, params.unflatten(leaves))
 
+    def bytes_on_device(self, dtype=None, mesh=None):
+        """Bytes of each device that all networks together take, `dtype` and `mesh` as of `load`."""
+        total = 0
+        for name in configs.COMPONENTS:
+            config = self.config_of(name)
+            for leaf, spec in abstract(name, config).items():
+                floating = jnp.issubdtype(spec.dtype, jnp.floating)
+                itemsize = jnp.dtype(dtype or config.dtype if floating else spec.dtype).itemsize
+                shape = spec.shape
+                if mesh is not None:
+                    shape = sharding.parameter_sharding(leaf, shape, mesh).shard_shape(shape)
+                total += itemsize * math.prod(shape)
+        return total
+
     def config_of(self, name):
         """A component's config; InputError if the directory lacks it."""
         self.require(name)

@@ -1,5 +1,7 @@
 """All attention backends compute the same thing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,21 @@ def test_backends_equal_the_definition(lengths, backend):
     q, k, v = make(lengths)
     ours = jax.jit(attention, static_argnames="backend")(q, k, v, backend=backend)
     np.testing.assert_allclose(ours, softmax_attention(q, k, v), atol=2e-5)
+
+
+@pytest.mark.parametrize("lengths", [(7, 9), (8, 9), (7, 10), (8, 10)])
+def test_lengths_padded_for_cudnn_change_neither_result_nor_gradients(lengths):
+    q, k, v = make(lengths)
+
+    def loss(attend, *arrays):
+        return jnp.sum(jnp.sin(attend(*arrays)))
+
+    plain, padded = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, attend), (0, 1, 2)))
+        for attend in (module._dot_product("xla"), module._even("xla"))
+    )
+    for ours, theirs in zip(*map(jax.tree.leaves, (padded(q, k, v), plain(q, k, v))), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 @pytest.mark.parametrize("lengths", [(130, 200), (700, 600)])

@@ -44,7 +44,7 @@ BASE = {"--sketch": "sketch.mkv", "--reference": "reference.png", "--weights": "
 OWN = {"steps": 3, "guidance": 1.0, "window": 9, "overlap": 4, "size": [32, 48]}
 FLAGS = """--sketch --reference --prompt --prompt-file --negative-prompt --weights --out --steps --guidance
     --seed --sampler --size --fps --invert --window --overlap --dtype --mesh --noise --comparison
-    --strict-reference --jobs --demo --json"""
+    --strict-reference --step-cache --offload --devices --jobs --demo --json"""
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +305,7 @@ def test_guidance_and_what_goes_with_it_have_an_effect(colored, expected):
 
 
 def test_dtype_and_mesh_reach_the_networks(colorize, monkeypatch):
-    def load(directory, *, dtype, mesh):
+    def load(directory, *, dtype, mesh, offload):
         raise InputError(f"{directory} {dtype} {mesh.shape['data']} {mesh.shape['context']}")
 
     monkeypatch.setattr(Pipeline, "load", load)
@@ -410,7 +410,8 @@ def test_the_demo_shows_sketch_reference_result_and_truth_large(colorize, bundle
     assert colorize({"--demo": True, "--out": "lossless.mkv"})[0] == 0
     result, shown = (media.read_video(name) for name in ("lossless.mkv", "lossless_comparison.mkv"))
     assert result.fps == shown.fps == demo.FPS
-    clip = draw_clip(9, 32, 48, seed=demo.SEED, fps=demo.FPS)
+    drawn = demo.ClipsConfig()
+    clip = draw_clip(9, 32, 48, seed=demo.SEED, fps=drawn.fps, config=drawn.toon)
     still = clip.reference[None].repeat(9, axis=0)
     panels = np.concatenate([clip.line_art, still, result.frames, clip.color], axis=2)
     np.testing.assert_array_equal(shown.frames, panels.repeat(8, axis=1).repeat(8, axis=2))
@@ -580,6 +581,55 @@ def test_jobs_are_coloured_once_each_with_its_own_values(jobs, colored, folder, 
     assert code == 0 and report["skipped"] == ["a.mkv"]
     assert [clip["out"] for clip in report["clips"]] == ["results/b.mkv"]
     assert (tmp_path / "a.mkv").stat().st_mtime_ns == written
+
+
+def test_jobs_on_several_devices_are_those_of_one(jobs, colored, folder, monkeypatch, tmp_path):
+    rows = "".join(f"sketch.mkv,reference.png,{name}.mkv,{seed}\n" for seed, name in enumerate("abcd"))
+    with monkeypatch.context() as patch:
+        full_disk(patch, "d.mkv")
+        code, report, _ = jobs(f"sketch,reference,out,seed\n{rows}", **{"--devices": 2})
+    assert code == 1 and list(report["failed"]) == ["d.mkv"]
+    assert sorted(clip["out"] for clip in report["clips"]) == ["a.mkv", "b.mkv", "c.mkv"]
+    for seed, name in enumerate("abc"):
+        wanted = colored(sketch="sketch.mkv", seed=seed, weights=folder / "weights")
+        np.testing.assert_array_equal(media.read_video(tmp_path / f"{name}.mkv").frames, wanted)
+
+
+@pytest.mark.parametrize(
+    ("flags", "where"),
+    [
+        ({"--devices": 2}, "--devices"),
+        ({"--jobs": "jobs.csv", "--devices": 99}, "--devices"),
+        ({"--jobs": "jobs.csv", "--devices": 2, "--mesh": "context=2"}, "--devices"),
+        ({"--step-cache": -1}, "--step-cache"),
+        ({"--step-cache": 0.1, "--sampler": "pndm"}, "--step-cache"),
+    ],
+)
+def test_impossible_devices_and_thresholds_are_refused(colorize, folder, tmp_path, monkeypatch, flags, where):
+    monkeypatch.chdir(folder)
+    base = {"--weights": "weights"} if "--jobs" in flags else {**BASE, "--out": tmp_path / "out.mkv"}
+    (folder / "jobs.csv").write_text(f"sketch,reference,out\nsketch.mkv,reference.png,{tmp_path / 'a.mkv'}\n")
+    code, report, _ = colorize({**base, **flags})
+    assert code == 2 and report["error"]["where"] == where
+
+
+def test_reuse_and_offloading_reach_the_pipeline(colorize, folder, tmp_path, monkeypatch):
+    seen, original = {}, Pipeline.load
+
+    def load(*args, **given):
+        seen.update(given)
+        return original(*args, **given)
+
+    monkeypatch.setattr(Pipeline, "load", load)
+    monkeypatch.chdir(folder)
+    found = []
+    for name, value in (("exact", 0), ("reused", 1000)):
+        out = tmp_path / f"{name}.mkv"
+        more = {"--step-cache": value, "--offload": "yes", "--steps": 4, "--out": out}
+        assert colorize({**BASE, **more})[0] == 0
+        found.append(media.read_video(out).frames)
+    assert seen["offload"] == "yes"
+    assert np.abs(found[0].astype(int) - found[1]).max() > 0
 
 
 def test_jobs_without_weights_use_the_bundled_ones(jobs, colored, bundled, tmp_path):

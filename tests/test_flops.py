@@ -116,6 +116,13 @@ def test_vae_encoding_is_what_its_program_holds(frames):
     assert counted == traced(lambda m, x: m.encode(x), network("vae"), video)
 
 
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_decoding_a_chunk_is_what_its_program_holds(frames):
+    latents = array(1, frames, 4, 6, TINY.vae.latent_channels)
+    counted = flops.vae_decode_chunk(TINY.vae, (frames, 4, 6))
+    assert counted == traced(lambda m, x: m.decode_chunk(x)[0], network("vae"), latents)
+
+
 def test_text_and_image_encoders_are_what_their_programs_hold():
     ids = array(1, 7, dtype=jnp.int32)
     assert flops.t5(TINY.text_encoder, 7) == traced(lambda m, x: m(x), network("text_encoder"), ids)

@@ -60,6 +60,14 @@ class Arguments:
     """float32, bfloat16 or float16; default: the weights' own."""
     mesh: str = ""
     """Devices, e.g. data=2,context=4; default: one device."""
+    step_cache: float = 0.0
+    """Skip the denoiser's blocks in steps whose timestep's embedding has changed by less than this; 0 runs
+    them in every step, which alone is exact."""
+    offload: Literal["auto", "yes", "no"] = "auto"
+    """Keep networks in the host's memory while others compute, for a device with little; auto: where all take
+    more than half of its memory."""
+    devices: int = 1
+    """With --jobs: so many devices colour a clip each, at the same time."""
     noise: Path | None = None
     """safetensors with ref_noise and init_latents of a run of the reference implementation."""
     strict_reference: bool = False
@@ -81,7 +89,7 @@ def run(args):
     values["size"] = None if args.size is None else cli.parse_size(args.size)
     if args.prompt_file is not None:
         values["prompt"] = read_prompt(args.prompt_file)
-    colorizer = Colorizer(args.weights, args.dtype, args.mesh)
+    colorizer = Colorizer(args.weights, args.dtype, args.mesh, args.offload, args.devices)
     weights = str(colorizer.weights.directory)
     if args.demo:
         job, report = run_demo(values, colorizer)

@@ -68,11 +68,22 @@ class AnimeColor(nnx.Module):
         Returns:
             [B, T, H, W, C].
         """
+        return self.with_residual(latents, sketch, text, timestep, conditions, rope)[0]
+
+    def with_residual(self, latents, sketch, text, timestep, conditions, rope=None):
+        """As `__call__`, and what the denoiser's blocks add to the video tokens, [B, S, D]."""
         cross = None
         if conditions.cross is not None:
             cross = CrossConditions(self.hce.cross_attn, conditions.cross)
         joined = jnp.concatenate([latents, sketch.astype(latents.dtype)], axis=-1)
-        return self.denoiser(joined, text, timestep, bank=conditions.bank, cross=cross, rope=rope)
+        return self.denoiser.with_residual(
+            joined, text, timestep, bank=conditions.bank, cross=cross, rope=rope
+        )
+
+    def from_residual(self, latents, sketch, text, timestep, residual):
+        """v if the blocks added `residual` again; conditions reach v through the blocks alone."""
+        joined = jnp.concatenate([latents, sketch.astype(latents.dtype)], axis=-1)
+        return self.denoiser.from_residual(joined, text, timestep, residual)
 
 
 def check(denoiser, lcg=None, hce=None):

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from animecolor_jax.models.chunked_attention import SAVED, chunked_attention
+from animecolor_jax.platforms import platform
 
 BACKENDS = ("auto", "chunked", "cudnn", "splash", "xla")
 SPLASH_BLOCK = 512
@@ -49,10 +50,10 @@ def joint_attention(q, k, v, backend="auto"):
 
 
 def _choose(dtype):
-    platform = jax.default_backend()
-    if platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
+    device = platform()
+    if device == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
         return "splash"
-    if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
+    if device == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
         return "cudnn"
     return "chunked"
 
@@ -158,9 +159,24 @@ def _dot_product(implementation):
     return attend
 
 
+def _even(implementation):
+    """`_dot_product` with lengths padded to even ones: cuDNN has no gradient of odd ones."""
+
+    def attend(q, k, v):
+        length, keys = q.shape[1], k.shape[1]
+        q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+        lengths = jnp.full(len(k), keys, jnp.int32) if keys % 2 else None
+        out = jax.nn.dot_product_attention(
+            q, k, v, key_value_seq_lengths=lengths, implementation=implementation
+        )
+        return checkpoint_name(out[:, :length], SAVED)
+
+    return attend
+
+
 _ATTEND = {
     "chunked": chunked_attention,
-    "cudnn": _dot_product("cudnn"),
+    "cudnn": _even("cudnn"),
     "splash": partial(_splash_on_one_device, interpret=False),
     "xla": _dot_product("xla"),
 }

@@ -315,6 +315,10 @@ class Transformer(nnx.Module):
         Returns:
             [B, T, H, W, out_channels].
         """
+        return self.with_residual(latents, text, timestep, bank=bank, cross=cross, rope=rope)[0]
+
+    def with_residual(self, latents, text, timestep, *, bank=None, cross=None, rope=None):
+        """As `__call__`, and what all blocks together add to the video tokens, [B, S, D]."""
         temb = self.time_embed(timestep)
 
         def body(tokens, xs):
@@ -332,5 +336,12 @@ class Transformer(nnx.Module):
 
         body = remat(body, self.config.remat)
         xs = jnp.arange(self.config.num_layers), self.blocks, bank
-        (_, video), _ = jax.lax.scan(body, self.embed(latents, text), xs)
-        return self.head(video, temb, latents.shape[1:4])
+        text, before = self.embed(latents, text)
+        (_, video), _ = jax.lax.scan(body, (text, before), xs)
+        return self.head(video, temb, latents.shape[1:4]), video - before
+
+    def from_residual(self, latents, text, timestep, residual):
+        """v as `__call__` would predict it if its blocks added `residual`, of another call's
+        `with_residual`."""
+        _, video = self.embed(latents, text)
+        return self.head(video + residual, self.time_embed(timestep), latents.shape[1:4])

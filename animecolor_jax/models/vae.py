@@ -20,6 +20,7 @@ from flax import nnx
 
 from animecolor_jax.errors import InputError
 from animecolor_jax.models.convolution import conv2d
+from animecolor_jax.sharding import share_rows
 
 NORM_EPS = 1e-6  # of every norm but those of the encoder's blocks, whatever the config says
 
@@ -156,6 +157,7 @@ class Level(nnx.Module):
 
     def __call__(self, x, cache, *latents):  # as ResnetBlock
         old, new = cache or {}, {}
+        x = share_rows(x, (latents[0] if latents else x).shape[2])
         for name in (f"resnet_{i}" for i in range(self.depth)):
             x, new[name] = getattr(self, name)(x, old.get(name), *latents)
         return x, new

@@ -139,7 +139,7 @@ def _denoise(pipe, inputs, spec, dtype, text, sketch, conditions, traced):
         v = run(pipe.model, scaled, sketch, text, timestep, conditions, rope)
         if traced and i == 0:
             yield from _trace_first_step(pipe.model, scaled, sketch, text, timestep, conditions, rope)
-        latents, state, _ = denoise.denoise_step(
+        latents, state, *_ = denoise.denoise_step(
             pipe.model,
             latents,
             state,

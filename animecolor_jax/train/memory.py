@@ -18,7 +18,8 @@ from animecolor_jax.errors import InputError
 from animecolor_jax.flops import FRAMES_PER_LATENT, SPATIAL_COMPRESSION, tokens_of
 from animecolor_jax.models import attention
 from animecolor_jax.models.chunked_attention import QUERY_CHUNK
-from animecolor_jax.sharding import AXES, parameter_sharding
+from animecolor_jax.platforms import platform
+from animecolor_jax.sharding import AXES, bytes_on_device, parameter_sharding
 from animecolor_jax.train import state
 from animecolor_jax.train.optimizer import make_optimizer
 from animecolor_jax.train.parts import Parts
@@ -56,12 +57,12 @@ def _estimates(config, model_config, mesh_sizes, on_the_fly):
     parts = Parts(config, model_config)
     optimizer = make_optimizer(config.optimizer, config.steps, parts.trained)
     held = state.abstract(parts, optimizer, config, mesh)
-    trained = _bytes(held.trainable)
+    trained = bytes_on_device(held.trainable)
     state_sizes = {
         "trained": trained,
-        "moments": _bytes(held.opt_state),
-        "ema": _bytes(held.ema),
-        "frozen": _bytes(held.frozen),
+        "moments": bytes_on_device(held.opt_state),
+        "ema": bytes_on_device(held.ema),
+        "frozen": bytes_on_device(held.frozen),
         # of a part of the batch, and the sum of those of the parts before
         "gradients": trained * (1 if config.optimizer.accumulate == 1 else 2),
     }
@@ -79,15 +80,6 @@ def _estimates(config, model_config, mesh_sizes, on_the_fly):
         return found | {"total": sum(found.values())}
 
     return of
-
-
-def _bytes(tree):
-    """Bytes on each device of ShapeDtypeStructs with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    )
 
 
 def _encoder(model_config, name, config, mesh):
@@ -115,7 +107,7 @@ class _Step:
         self.denoiser, self.hce = parts.configs["denoiser"], parts.configs.get("hce")
         self.latents, self.reference, self.tensor = latents, reference, sizes["tensor"]
         # on a CPU, XLA computes bfloat16 in float32
-        on_cpu = jax.default_backend() == "cpu"
+        on_cpu = platform() == "cpu"
         self.itemsize = 4 if on_cpu else jnp.dtype(config.compute.dtype).itemsize
         self.trained = {name.partition("/")[0] for name in parts.trained}
         self.text = self.denoiser.text_length
@@ -184,7 +176,7 @@ class _Step:
         heads = self.clips * self.denoiser.num_heads / self.tensor
         if backend == "chunked":
             queries = min(queries, QUERY_CHUNK)
-            heads = 1 if jax.default_backend() == "cpu" else heads
+            heads = 1 if platform() == "cpu" else heads
         return {"chunked": 4, "xla": 4}.get(backend, 0) * heads * queries * keys * 4
 
     def bank(self):

@@ -1,0 +1,244 @@
+"""What tools/doctor.py looks at: whether these devices compute right, how fast, and what that means.
+
+Rates are of products and attention alone, so times that follow from them are bounds that no step beats.
+"""
+
+import contextlib
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from animecolor_jax import flops
+from animecolor_jax.models.attention import attention
+from animecolor_jax.train import memory, stages
+from animecolor_jax.train.config import TrainConfig
+from data_pipeline.dataset import DataConfig
+
+STAGES = {stages.SKETCH: 50_000, stages.HCE: 25_000, stages.LCG: 30_000, stages.JOINT: 50_000}  # the paper's
+PAPER_BATCH = 16
+# relative root mean square of the error against float64, by dtype; about twice what rounding makes it
+LIMITS = {"float32": 5e-6, "bfloat16": 1.2e-2, "float16": 1.5e-3}
+OWN = {  # backends that one kind of device has, and their dtypes
+    "cpu": {},
+    "gpu": {"cudnn": ("bfloat16", "float16")},
+    "tpu": {"splash": ("float32", "bfloat16")},
+}
+CPU_TOKENS = 2048
+MEASURE_SECONDS = 1.0
+
+
+def environment():
+    """Versions and devices."""
+    devices = jax.devices()
+    limit = memory.device_memory(jax.local_devices()[0])
+    return {
+        "python": platform.python_version(), "jax": jax.__version__, "platform": jax.default_backend(),
+        "device": devices[0].device_kind, "devices": len(devices),
+        "memory_gib": limit and limit / memory.GIB,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- parity
+
+
+def parity():
+    """Error of every attention backend that these devices have, in every dtype, forward and backward.
+
+    Returns:
+        [{"backend", "dtype", "error" (of result and gradients, the largest; None where this device does not
+        have it), "limit", "passed"}].
+    """
+    rng = np.random.default_rng(0)
+    q, k, v, cotangent = (rng.standard_normal((1, n, 2, 64)) for n in (300, 333, 333, 300))
+    expected, found = _reference(q, k, v, cotangent), []
+    anywhere = dict.fromkeys(("chunked", "xla"), ("float32", "bfloat16"))
+    for backend, dtypes in (anywhere | OWN[jax.default_backend()]).items():
+        for dtype in dtypes:
+            arrays = [jnp.asarray(x, dtype) for x in (q, k, v, cotangent)]
+            limit, error = LIMITS[dtype], None
+            try:
+                with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+                    outputs = _attend(*arrays, backend)
+                error = max(_relative_rms(*pair) for pair in zip(outputs, expected, strict=True))
+            except (RuntimeError, ValueError, NotImplementedError):
+                pass  # older GPUs have no cuDNN attention
+            passed = error is not None and bool(error <= limit)
+            facts = {"backend": backend, "dtype": dtype, "error": error, "limit": limit, "passed": passed}
+            found.append(facts)
+    return found
+
+
+def _attend(q, k, v, cotangent, backend):
+    def run(q, k, v, cotangent):
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, backend), q, k, v)
+        return out, *pull(cotangent)
+
+    return jax.jit(run)(q, k, v, cotangent)
+
+
+def _reference(q, k, v, cotangent):
+    """Attention and its gradients in float64, [B, S, N, H] each."""
+    q, k, v, cotangent = (x.swapaxes(1, 2) for x in (q, k, v, cotangent))  # [B, N, S, H]
+    scale = q.shape[-1] ** -0.5
+    scores = scale * q @ k.swapaxes(2, 3)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    of_weights = cotangent @ v.swapaxes(2, 3)
+    of_scores = scale * weights * (of_weights - (of_weights * weights).sum(-1, keepdims=True))
+    found = weights @ v, of_scores @ k, of_scores.swapaxes(2, 3) @ q, weights.swapaxes(2, 3) @ cotangent
+    return [x.swapaxes(1, 2) for x in found]
+
+
+def _relative_rms(ours, theirs):
+    error = np.asarray(ours, np.float64) - theirs
+    return float(np.sqrt(np.square(error).mean() / np.square(theirs).mean()))
+
+
+# ---------------------------------------------------------------- rates
+
+
+def rates(config, latents, dtype):
+    """What one device does in a second, on the denoiser's own shapes.
+
+    Args:
+        config: TransformerConfig. latents: (T, H, W). dtype: of the arithmetic.
+
+    Returns:
+        {"matmul_tflops", "attention_tflops", "attention_backward_tflops", "memory_gb", "peak_tflops" (of the
+        data sheet, or None), "tokens"}.
+    """
+    tokens = config.text_length + flops.tokens_of(config, latents)
+    if jax.default_backend() == "cpu":
+        tokens = min(tokens, CPU_TOKENS)
+    key = jax.random.key(0)
+
+    def normal(*shape):
+        return jax.random.normal(key, shape, dtype)
+
+    dim = config.dim
+    product, sides = jax.jit(lambda x, w: x @ w), (normal(tokens, dim), normal(dim, 4 * dim))
+    q = normal(1, tokens, config.num_heads, config.head_dim)
+    forward = jax.jit(lambda q: attention(q, q, q))
+    backward = jax.jit(lambda q: jax.vjp(attention, q, q, q)[1](q))
+    copied = jnp.zeros(2**22 if jax.default_backend() == "cpu" else 2**26, jnp.float32)
+    work = flops.attention(tokens, tokens, dim)
+    peak = flops.peak_flops(jax.devices()[0].device_kind, dtype)
+    return {
+        "tokens": tokens,
+        "matmul_tflops": flops.dense(tokens, dim, 4 * dim) / seconds_of(product, *sides) / 1e12,
+        "attention_tflops": work / seconds_of(forward, q) / 1e12,
+        # twice the forward's products; what is computed again does not count
+        "attention_backward_tflops": 3 * work / seconds_of(backward, q) / 1e12,
+        "memory_gb": 2 * copied.nbytes / seconds_of(jax.jit(lambda x: x + 1), copied) / 1e9,
+        "peak_tflops": peak and peak / 1e12,
+    }  # fmt: skip
+
+
+def seconds_of(function, *args):
+    """Seconds of a call of a jitted function, of many that follow each other."""
+    jax.block_until_ready(function(*args))
+    calls, began = 1, time.perf_counter()
+    while True:
+        started = time.perf_counter()
+        for _ in range(calls):
+            out = function(*args)
+        jax.block_until_ready(out)
+        now = time.perf_counter()
+        if now - began > MEASURE_SECONDS:
+            return (now - started) / calls
+        calls *= 2
+
+
+# ---------------------------------------------------------------- what follows
+
+
+def training(model, latents, found, devices, limit_bytes):
+    """For each stage: the largest batch that fits, and how long the paper's iterations take at least.
+
+    Args:
+        model: AnimeColorConfig. found: of `rates`. limit_bytes: of a device, or None.
+
+    Returns:
+        {stage: {"batch" (0: not even one clip a device; None: memory unknown), "gib" (of each device at the
+        paper's batch), "seconds_per_step", "hours"}}, the last two at the paper's batch.
+    """
+    whole = flops.transformer(model.denoiser, latents)
+    tokens = model.denoiser.text_length + flops.tokens_of(model.denoiser, latents)
+    share = model.denoiser.num_layers * flops.attention(tokens, tokens, model.denoiser.dim) / whole
+    stages_found = {}
+    for stage, steps in STAGES.items():
+
+        def needed(batch, stage=stage):
+            config = TrainConfig(stage=stage, steps=1, data=DataConfig(batch_size=batch))
+            return memory.estimate(config, model, latents, {"fsdp": devices})["total"]
+
+        work = flops.train_step(stage, model, latents, PAPER_BATCH)
+        rate = 1e12 / (share / found["attention_backward_tflops"] + (1 - share) / found["matmul_tflops"])
+        seconds = work / (devices * rate)
+        batch = None
+        if limit_bytes is not None:
+            sizes = (devices * clips for clips in (16, 8, 4, 2, 1))
+            batch = next((size for size in sizes if needed(size) <= limit_bytes), 0)
+        stages_found[stage.name] = {
+            "batch": batch, "gib": needed(-(-PAPER_BATCH // devices) * devices) / memory.GIB,
+            "seconds_per_step": seconds, "hours": seconds * steps / 3600,
+        }  # fmt: skip
+    return stages_found
+
+
+def loading(path, needed, seconds=10.0, batch_size=4):
+    """Clips a second that this computer reads and decodes, one host, and how many a step needs.
+
+    Args:
+        path: dataset. needed: clips a second that training uses up. seconds: to measure for.
+    """
+    from data_pipeline import records  # Grain and its like are an extra
+    from data_pipeline.dataset import training_batches
+
+    config = DataConfig(batch_size=batch_size)
+    with contextlib.closing(training_batches(records.open_clips(path), config)) as batches:
+        next(batches)
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            next(batches)
+            count += batch_size
+        rate = count / (time.perf_counter() - began)
+    return {"clips_per_second": rate, "needed": needed}
+
+
+def advice(about, checks, found, stages_found, loader=None):
+    """What to change, in sentences; none where all is well."""
+    said = []
+    for check in checks:
+        if check["error"] is None:
+            said.append(f"no attention {check['backend']} in {check['dtype']} here: it is slow without")
+        elif not check["passed"]:
+            said.append(
+                f"attention {check['backend']} in {check['dtype']} is wrong by {check['error']:.1e} (at most "
+                f"{check['limit']:.0e}): choose another with --compute.attention, and report it"
+            )
+    if about["platform"] == "cpu":
+        said.append("no GPU or TPU is seen: the bundled model and the tiny stages run here, the 2B does not")
+    peak = found["peak_tflops"]
+    if peak and found["matmul_tflops"] < 0.5 * peak:
+        said.append(
+            f"products reach {found['matmul_tflops'] / peak:.0%} of the data sheet: is another process on "
+            "the device, or its clock limited?"
+        )
+    for name, stage in stages_found.items():
+        if stage["batch"] is not None and stage["batch"] < PAPER_BATCH:
+            parts = max(1, PAPER_BATCH // max(stage["batch"], about["devices"]))
+            said.append(
+                f"{name}: the paper's batch of {PAPER_BATCH} takes {stage['gib']:.0f} GiB of each device: "
+                f"use --optimizer.accumulate {parts}, a mesh with context, smaller clips or more devices"
+            )
+    if loader is not None and loader["clips_per_second"] < loader["needed"]:
+        said.append(
+            f"reading gives {loader['clips_per_second']:.1f} clips/s, training takes {loader['needed']:.1f}: "
+            "precompute (tools/prepare_data.py --precompute) or add data.load workers"
+        )
+    return said
+
