@@ -164,6 +164,8 @@ def test_a_program_fits_or_not(memory, fits):
 def test_a_compiler_that_runs_out_of_memory_says_how_much_is_needed():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm."
     assert report.needed_memory(message) == 24.5 * 2**30
+    message = "memory required for HLO temporaries (25.5G) exceeds available HBM (15.75G). HLO module: jit_f."
+    assert report.needed_memory(message) == 25.5 * 2**30
     for other in ("INVALID_ARGUMENT: no such thing", "Ran out of memory in vmem. Used 130M of 128M vmem."):
         assert report.needed_memory(other) is None
 

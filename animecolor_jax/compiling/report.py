@@ -99,7 +99,9 @@ def estimate(program, traffic, collectives, target):
 def needed_memory(message):
     """Bytes that a program needs by the compiler's error message, None where it says nothing of the kind."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message) or re.search(
+        r"\(([\d.]+)([KMGT])\) exceeds available HBM", message
+    )
     return float(found[1]) * units[found[2]] if found else None
 
 
