@@ -77,6 +77,7 @@ def test_a_step_updates_the_trained_parameters_from_finite_losses():
     assert all((after[name] != before[name]).any() for name in before)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_pytorch_trains_the_same_network():
     pytest.importorskip("diffusers")

@@ -51,7 +51,6 @@ def test_hours_follow_from_rates_and_devices():
     twice = doctor.training(model, latents, {**RATES, "matmul_tflops": 1000.0}, 1, None)["stage4_joint"]
     assert 0.5 < twice["seconds_per_step"] / joint["seconds_per_step"] < 1
     assert twice["batch"] is None and eight["stage4_joint"]["batch"] == 128
-    assert doctor.training(model, latents, RATES, 8, 1000)["stage4_joint"]["batch"] == 0
 
 
 def test_what_is_wrong_is_said():
@@ -77,6 +76,7 @@ def test_rates_are_of_what_is_computed(monkeypatch):
     assert all(value is None or value > 0 for value in found.values()) and found["peak_tflops"] is None
 
 
+@pytest.mark.slow
 def test_the_tool_reports_and_its_json_is_whole():
     command = [sys.executable, "tools/doctor.py", "--preset", "tiny", "--size", "64x96", "--frames", "9"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True)

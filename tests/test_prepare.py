@@ -318,6 +318,7 @@ def test_impossible_requests_are_refused_before_any_work(videos, tmp_path):
             PrepareConfig(**fields)
 
 
+@pytest.mark.slow
 def test_the_tool_survives_kill_9_and_then_equals_an_uninterrupted_run(videos, dataset, tmp_path):
     """Killed at three random moments, on all cores; the same command then makes the same dataset."""
     command = [*TOOL, "--videos", str(videos), "--out", str(tmp_path / "out")]

@@ -36,7 +36,14 @@ def test_a_threshold_below_every_change_gives_the_exact_clip(pipeline, clip):
     np.testing.assert_array_equal(cached, exact)
 
 
-@pytest.mark.parametrize("options", [{"guidance_scale": 1.0}, {"window": 9, "overlap": 4}, {"mesh": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": 1.0},
+        {"window": 9, "overlap": 4},
+        pytest.param({"mesh": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_more_steps_reuse_the_more_a_clip_changes(pipeline, clip, options):
     options = dict(options)
     if options.pop("mesh", False):

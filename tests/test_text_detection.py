@@ -34,6 +34,7 @@ def subtitled(frames, seed):
     return draw_subtitle(frames, text if len(text) > 3 else "Hey!", rng)
 
 
+@pytest.mark.slow
 def test_nine_of_ten_subtitles_are_found_at_five_percent_false_alarms():
     with_text = [text_score(subtitled(drawn(seed), seed)) for seed in range(FIRST_SEED, FIRST_SEED + CLIPS)]
     without = [text_score(drawn(seed)) for seed in range(FIRST_SEED + CLIPS, FIRST_SEED + 2 * CLIPS)]
