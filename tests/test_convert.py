@@ -290,7 +290,7 @@ SMALL_HCE = HCEConfig(
 )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_stage_one_weights_start_as_cogvideox_bit_for_bit(dtype, tmp_path):
     source = checkpoints.write_checkpoint(
         tmp_path / "cogvideox",

@@ -286,6 +286,7 @@ precompute(*sys.argv[1:], batch_size=2, mesh="data=1")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_the_batch_in_hand_only(finished, weights, data, calls, compilation_cache):
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": compilation_cache}
     code = "import jax; jax.config.update('jax_default_matmul_precision', 'float32')\n" + KILLED
