@@ -18,6 +18,8 @@ from typing import Literal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is compiled here runs nowhere
 
+import jax  # noqa: E402
+
 from animecolor_jax import cli, sharding  # noqa: E402
 from animecolor_jax.compiling import programs, report, targets  # noqa: E402
 from animecolor_jax.config import preset  # noqa: E402
@@ -63,6 +65,7 @@ def run(args, unknown):
     clip, model = programs.Clip(args.frames, height, width), preset(args.preset)
     cli.check_dtype(args.dtype)
     check_flags(args, unknown)
+    jax.config.update("jax_enable_compilation_cache", False)  # cannot be read back without the devices
     target = targets.open_target(args.target)
     if args.program == "train":
         made, mesh = training(args, unknown, model, clip, target)
