@@ -173,19 +173,18 @@ class Colouring:
         """Descriptions of arrays as `array`."""
         return jax.tree.map(lambda x: self.array(x.shape, x.dtype), tree)
 
-    def denoise(self, steps=50, guidance=True):
+    def denoise(self):
         """One step of the loop, of one clip, with text guidance."""
         config, channels = self.config, self.config.vae.latent_channels
         model = AnimeColor(*(self.network(name) for name in MODEL))
         sharding.check_mesh(self.mesh, {"denoiser": config.denoiser, "lcg": config.lcg, "hce": config.hce})
         conditions = self.whole(jax.eval_shape(denoise.make_conditions, model, *self.reference()))
         latents = self.array((1, *self.latents, channels))
-        tables = make_sampler("ddim", steps, config.scheduler)
+        tables = make_sampler("ddim", 50, config.scheduler)
         history = self.array((tables.mix.shape[1] - 1, *latents.shape), jnp.float32)
         rope = denoise.rotary_table(config.denoiser, self.latents)
         layout = denoise.Layout.of([0], self.latents[0])
-        texts = 2 if guidance else 1
-        text = self.array((texts, config.denoiser.text_length, config.denoiser.text_dim))
+        text = self.array((2, config.denoiser.text_length, config.denoiser.text_dim))
         table = jax.tree.map(jnp.asarray, (rope, tables, layout.weights, layout.index))
         rope, tables, weights, index = self.whole(table)
         bank = flops.tokens_of(config.denoiser, (1, *self.latents[1:]))
@@ -201,7 +200,7 @@ class Colouring:
             )  # fmt: skip
 
         beside = self.beside(MODEL, r"denoiser/.*|hce/cross_attn/(q|out|norm2)/.*")
-        return [Program("denoising step", lower, texts * work, self.dtype, beside)]
+        return [Program("denoising step", lower, 2 * work, self.dtype, beside)]
 
     def reference(self):
         """What the conditions are made of: latents, summary and features of one reference."""
