@@ -5,22 +5,27 @@ import contextvars
 
 import jax
 
-_chosen = contextvars.ContextVar("platform", default=None)
+_chosen = contextvars.ContextVar("platform and device kind", default=(None, None))
 
 
 def platform():
     """That of this process's devices, "cpu", "gpu" or "tpu", unless within `traced_for`."""
-    return _chosen.get() or jax.default_backend()
+    return _chosen.get()[0] or jax.default_backend()
+
+
+def device_kind():
+    """As `jax.Device.device_kind`, such as "TPU v5 lite", of the devices that `platform` is of."""
+    return _chosen.get()[1] or jax.devices()[0].device_kind
 
 
 @contextlib.contextmanager
-def traced_for(name):
+def traced_for(platform, device_kind):
     """What is traced within is for devices of that kind, which need not be there.
 
     Programs that were traced before are forgotten at both ends, as they may be for other devices.
     """
     jax.clear_caches()
-    token = _chosen.set(name)
+    token = _chosen.set((platform, device_kind))
     try:
         yield
     finally:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from animecolor_jax.models import attention as module
-from animecolor_jax.models.attention import attention, splash
+from animecolor_jax.models import packed_attention
+from animecolor_jax.models.attention import attention, joint_attention, packed, splash
+from animecolor_jax.platforms import traced_for
 from animecolor_jax.sharding import make_mesh
 
 
@@ -76,6 +78,105 @@ def test_splash_on_a_mesh_equals_one_device(axes):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+SMALL_BLOCKS = {"QUERY_BLOCK": 128, "KEY_BLOCK": 128}
+SOURCES = {  # lengths of queries and of keys: the bank, text and video of a clip, whole blocks, single tokens
+    "ragged": ([10, 150], [60, 10, 300]),
+    "whole": ([128], [128, 256]),
+    "tiny": ([1], [1, 3]),
+}
+
+
+def make_sources(name, *, batch=1, heads=2, dtype=jnp.float32):
+    key = iter(jax.random.split(jax.random.key(1), 16))
+    queries, keys = SOURCES[name]
+    return tuple(
+        [2 * jax.random.normal(next(key), (batch, length, heads, 64), dtype) for length in lengths]
+        for lengths in (queries, keys, keys)
+    )
+
+
+def results_and_gradients(attend, q, k, v):
+    """Of `joint_attention`'s kind, leaves of one tree."""
+
+    def loss(q, k, v):
+        out = attend(q, k, v)
+        return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in out), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    return jax.tree.leaves((out, gradients))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_packed_equals_xla_on_sources_of_any_length_forward_and_backward(monkeypatch, name):
+    for constant, size in SMALL_BLOCKS.items():
+        monkeypatch.setattr(packed_attention, constant, size)
+    arrays = make_sources(name)
+    ours = results_and_gradients(functools.partial(packed, interpret=True), *arrays)
+    theirs = results_and_gradients(functools.partial(joint_attention, backend="xla"), *arrays)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "context": 4}, {"context": 2, "tensor": 2}])
+def test_packed_on_a_mesh_equals_one_device(monkeypatch, axes):
+    """No length divides by `context`: what is gathered ends in tokens that do not count."""
+    for constant, size in SMALL_BLOCKS.items():
+        monkeypatch.setattr(packed_attention, constant, size)
+    arrays, attend = make_sources("ragged", batch=2, heads=4), functools.partial(packed, interpret=True)
+    alone = results_and_gradients(attend, *arrays)
+    with jax.set_mesh(make_mesh(**axes)):
+        shared = results_and_gradients(attend, *arrays)
+    for a, b in zip(shared, alone, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_packed_in_bfloat16_is_as_exact_as_xla():
+    arrays = make_sources("ragged", dtype=jnp.bfloat16)
+    exact = results_and_gradients(
+        functools.partial(joint_attention, backend="xla"),
+        *jax.tree.map(lambda x: x.astype(jnp.float32), arrays),
+    )
+    ours, theirs = (
+        [np.sqrt(np.square(np.asarray(a, np.float32) - b).mean()) for a, b in zip(found, exact, strict=True)]
+        for found in (
+            results_and_gradients(functools.partial(packed, interpret=True), *arrays),
+            results_and_gradients(functools.partial(joint_attention, backend="xla"), *arrays),
+        )
+    )
+    assert all(a < 1.5 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+@pytest.mark.parametrize(("heads", "size"), [(3, 64), (4, 32)])
+def test_packed_refuses_heads_that_are_no_pairs_of_64(heads, size):
+    x = [jnp.ones((1, 8, heads, size))]
+    with pytest.raises(ValueError, match=f"{heads} heads of {size}.*even number of 64"):
+        packed(x, x, x, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "heads", "backend"),
+    [
+        ("TPU v5 lite", 17_776, 30, "packed"),
+        ("TPU v5 lite", 17_776, 15, "splash"),  # no pairs
+        ("TPU v5 lite", 200_000, 30, "splash"),  # the gradient of queries does not fit the chip's memory
+        ("TPU v4", 17_776, 30, "splash"),
+    ],
+)
+def test_on_tpus_packed_is_taken_where_it_fits(kind, tokens, heads, backend):
+    x = jax.ShapeDtypeStruct((1, tokens, heads, 64), jnp.bfloat16)
+    with traced_for("tpu", kind):
+        assert module._choose([x]) == backend
+
+
+def test_heads_of_a_mesh_are_counted_on_each_device():
+    x = jax.ShapeDtypeStruct((2, 1000, 30, 64), jnp.bfloat16)
+    with traced_for("tpu", "TPU v5 lite"):
+        with jax.set_mesh(make_mesh(context=4, tensor=2)):
+            assert module._choose([x]) == "splash"  # 15 heads each
+        with jax.set_mesh(make_mesh(fsdp=2, context=4)):
+            assert module._choose([x]) == "packed"
+
+
 def test_splash_never_asks_a_higher_precision_of_bfloat16():
     """The TPU's compiler refuses it ("Bad lhs type"); no other device notices."""
 
@@ -125,4 +226,4 @@ def test_unknown_backend_is_refused():
 
 
 def test_auto_is_chunked_on_cpu():
-    assert module._choose(jnp.bfloat16) == "chunked"
+    assert module._choose([jnp.ones((1, 2, 2, 64), jnp.bfloat16)]) == "chunked"

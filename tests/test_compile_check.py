@@ -171,13 +171,13 @@ def test_a_compiler_that_runs_out_of_memory_says_how_much_is_needed():
 
 
 def test_programs_are_traced_for_the_devices_they_are_for():
-    x = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
-    assert attention._choose(x.dtype) == "chunked"
-    with platforms.traced_for("tpu"):
-        assert attention._choose(x.dtype) == "splash"
-    with platforms.traced_for("gpu"):
-        assert attention._choose(x.dtype) == "cudnn"
-        assert attention._choose(np.float32) == "chunked"
+    x = [jnp.ones((1, 4, 2, 8), jnp.bfloat16)]
+    assert attention._choose(x) == "chunked"
+    with platforms.traced_for("tpu", "TPU v5 lite"):
+        assert attention._choose(x) == "splash"
+    with platforms.traced_for("gpu", "NVIDIA H100 80GB HBM3"):
+        assert attention._choose(x) == "cudnn"
+        assert attention._choose([x[0].astype(jnp.float32)]) == "chunked"
     assert platforms.platform() == "cpu"
 
 

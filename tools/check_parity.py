@@ -25,7 +25,7 @@ class Arguments:
     fixtures: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """FIXTURE.safetensors, each with its FIXTURE.json beside it."""
     backend: str = "auto"
-    """Attention backend: auto, chunked, cudnn, splash or xla."""
+    """Attention backend: auto, chunked, cudnn, packed, splash or xla."""
     dtype: str = "float32"
     """float32, or bfloat16 (compared with the reference's own bfloat16 error)."""
     tolerance: float | None = None
@@ -43,7 +43,7 @@ def run(args):
     if args.backend not in BACKENDS:
         raise InputError(f"{args.backend!r}", where="--backend", expected=f"one of {', '.join(BACKENDS)}")
     platform = jax.default_backend()
-    if {"cudnn": "gpu", "splash": "tpu"}.get(args.backend, platform) != platform:
+    if {"cudnn": "gpu", "packed": "tpu", "splash": "tpu"}.get(args.backend, platform) != platform:
         raise InputError(
             f"{args.backend} does not run on {platform}", where="--backend", fix="use it where the device is"
         )

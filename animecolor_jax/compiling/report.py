@@ -107,7 +107,7 @@ def needed_memory(message):
 
 def check(programs, target, mesh):
     """`compile_program` of each, traced as for the target."""
-    with platforms.traced_for(target.kind.platform):
+    with platforms.traced_for(target.kind.platform, target.device_kind):
         return [compile_program(program, target, mesh) for program in programs]
 
 
