@@ -10,7 +10,9 @@ Axes: B batch, T frames, H W height and width, C channels, of videos, latents an
 of latents where both meet; I O channels of a convolution's input and output.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,32 +43,48 @@ class CausalConv(Conv):
     def __init__(self, in_channels, out_channels, *, dtype, rngs):
         super().__init__((3, 3, 3), in_channels, out_channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, cache):
+    def __call__(self, x, cache, norm=None):
         """[B, T, H, W, I] and the cache -> [B, T, H, W, O] and the next cache.
 
-        The cache is a pair of frames [B, H, W, I]; without one, the first frame is its own past.
+        Args:
+            cache: a pair of frames [B, H, W, I]; without one, the first frame is its own past.
+            norm: a `FrameNorm`, through which and SiLU the frames go before they are convolved, or None.
         """
-        x = x.astype(self.dtype)
         kernel = rearrange(self.kernel[...], "t h w i o -> h w (t i) o").astype(self.dtype)
+        bias = self.bias[...].astype(self.dtype)
 
-        def convolve(past, frame):
-            return (past[1], frame), conv2d(jnp.concatenate([*past, frame], axis=-1), kernel)
+        def prepare(frame, given):
+            return (frame if norm is None else nnx.silu(norm.apply(frame, given))).astype(self.dtype)
 
-        cache, out = jax.lax.scan(convolve, cache or (x[:, 0], x[:, 0]), x.swapaxes(0, 1))
-        return rearrange(out, "t b h w c -> b t h w c") + self.bias[...].astype(self.dtype), cache
+        def convolve(past, xs):  # frame by frame: a whole chunk in float32 would take gigabytes
+            frame = prepare(*xs)
+            return (past[1], frame), conv2d(jnp.concatenate([*past, frame], axis=-1), kernel) + bias
+
+        frames = x.swapaxes(0, 1), None if norm is None else norm.given
+        if cache is None:
+            first = prepare(*jax.tree.map(lambda each: each[0], frames))
+            cache = first, first
+        cache, out = jax.lax.scan(convolve, cache, frames)
+        return rearrange(out, "t b h w c -> b t h w c"), cache
 
 
 class FrameConv(Conv):
     """3x3 convolution of every frame by itself; `padding` is (low, high) of height and of width."""
 
-    def __init__(self, channels, *, padding, stride=1, dtype, rngs):
+    def __init__(self, channels, *, padding, stride=1, enlarge=1, dtype, rngs):
         super().__init__((3, 3), channels, channels, dtype=dtype, rngs=rngs)
-        self.padding, self.stride = padding, stride
+        self.padding, self.stride, self.enlarge = padding, stride, enlarge
 
-    def __call__(self, x):  # [B, T, H, W, C] -> [B, T, H', W', C]
-        frames = rearrange(x.astype(self.dtype), "b t h w c -> (b t) h w c")
-        out = conv2d(frames, self.kernel[...].astype(self.dtype), self.padding, self.stride)
-        return rearrange(out, "(b t) h w c -> b t h w c", t=x.shape[1]) + self.bias[...].astype(self.dtype)
+    def __call__(self, x):
+        """[B, T, H, W, C], every pixel `enlarge` times in both directions -> [B, T, H', W', C]."""
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+
+        def convolve(frame):
+            for axis in (1, 2):
+                frame = jnp.repeat(frame, self.enlarge, axis)
+            return conv2d(frame.astype(self.dtype), kernel, self.padding, self.stride) + bias
+
+        return jax.lax.map(convolve, x.swapaxes(0, 1)).swapaxes(0, 1)
 
 
 class PointwiseConv(Conv):
@@ -80,6 +98,18 @@ class PointwiseConv(Conv):
         return x.astype(self.dtype) @ kernel + bias
 
 
+class FrameNorm(NamedTuple):
+    """A norm that knows its chunk, to be applied frame by frame.
+
+    Attributes:
+        apply: function of a frame [B, H, W, C] and of its own part of `given` -> the same in float32.
+        given: tree of [T, ...], or None.
+    """
+
+    apply: Callable
+    given: Any = None
+
+
 class GroupNorm(nnx.Module):
     """Normalises groups of channels over all of a chunk, in float32."""
 
@@ -88,11 +118,11 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
 
-    def __call__(self, x):  # [B, T, H, W, C] -> the same in float32
-        x = x.astype(jnp.float32)
-        mean = self.group_mean(x)
-        variance = self.group_mean(jnp.square(x - mean))
-        return (x - mean) * (jax.lax.rsqrt(variance + self.eps) * self.scale[...]) + self.bias[...]
+    def __call__(self, x):  # [B, T, H, W, C] -> FrameNorm
+        mean = self.group_mean(x.astype(jnp.float32))
+        variance = self.group_mean(jnp.square(x.astype(jnp.float32) - mean))
+        mean, factor = mean[:, 0], jax.lax.rsqrt(variance[:, 0] + self.eps) * self.scale[...]
+        return FrameNorm(lambda frame, _: (frame.astype(jnp.float32) - mean) * factor + self.bias[...])
 
     def group_mean(self, x):  # [B, T, H, W, C] -> [B, 1, 1, 1, C]
         # channel by channel first: reducing neighbouring channels together does not vectorise on a CPU
@@ -108,17 +138,23 @@ class SpatialNorm(nnx.Module):
         self.conv_y = PointwiseConv(config.latent_channels, channels, dtype=config.dtype, rngs=rngs)
         self.conv_b = PointwiseConv(config.latent_channels, channels, dtype=config.dtype, rngs=rngs)
 
-    def __call__(self, x, latents):  # [B, T, H, W, C], [B, t, h, w, Z] -> [B, T, H, W, C] float32
+    def __call__(self, x, latents):  # [B, T, H, W, C], [B, t, h, w, Z] -> FrameNorm
         # The reference resizes the latents to x's size (nearest neighbour), then convolves. A 1x1x1
         # convolution commutes with that: it runs on the small latents, and broadcasting resizes space.
         frames = nearest_frames(latents.shape[1], x.shape[1])
-        scale, shift = (
-            rearrange(conv(latents)[:, frames].astype(jnp.float32), "b t h w c -> b t h 1 w 1 c")
+        scale_shift = tuple(
+            rearrange(conv(latents)[:, frames].astype(jnp.float32), "b t h w c -> t b h 1 w 1 c")
             for conv in (self.conv_y, self.conv_b)
         )
         _, _, h, w, _ = latents.shape
-        out = rearrange(self.norm(x), "b t (h p) (w q) c -> b t h p w q c", h=h, w=w) * scale + shift
-        return out.reshape(x.shape)
+        norm = self.norm(x)
+
+        def apply(frame, given):
+            scale, shift = given
+            out = rearrange(norm.apply(frame, None), "b (h p) (w q) c -> b h p w q c", h=h, w=w)
+            return (out * scale + shift).reshape(frame.shape)
+
+        return FrameNorm(apply, scale_shift)
 
 
 def nearest_frames(source, target):
@@ -141,8 +177,8 @@ class ResnetBlock(nnx.Module):
     def __call__(self, x, cache, *latents):
         """[B, T, H, W, I], cache, and in the decoder latents for the norms -> [B, T, H, W, O], cache."""
         old, new = cache or {}, {}
-        h, new["conv1"] = self.conv1(nnx.silu(self.norm1(x, *latents)), old.get("conv1"))
-        h, new["conv2"] = self.conv2(nnx.silu(self.norm2(h, *latents)), old.get("conv2"))
+        h, new["conv1"] = self.conv1(x, old.get("conv1"), self.norm1(x, *latents))
+        h, new["conv2"] = self.conv2(h, old.get("conv2"), self.norm2(h, *latents))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x)), new
 
 
@@ -187,14 +223,16 @@ class UpLevel(Level):
         depth = config.layers_per_block + 1
         super().__init__(in_channels, out_channels, depth, norm, dtype=config.dtype, rngs=rngs)
         self.compress_time = compresses_time(index, config)
-        conv = partial(FrameConv, out_channels, padding=(1, 1), dtype=config.dtype, rngs=rngs)
+        conv = partial(
+            FrameConv, out_channels, padding=(1, 1), enlarge=2, dtype=config.dtype, rngs=rngs
+        )
         self.upsample = conv() if index < len(config.block_out_channels) - 1 else None
 
     def __call__(self, x, cache, latents):
         x, cache = super().__call__(x, cache, latents)
         if self.upsample is None:
             return x, cache
-        x = self.upsample(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+        x = self.upsample(x)
         # the reference repeats frames first; the convolution, which sees one at a time, then works twice
         return double_time(x) if self.compress_time else x, cache
 
@@ -238,7 +276,7 @@ class Encoder(nnx.Module):
         for name in (f"down_{i}" for i in range(len(self.config.block_out_channels))):
             x, new[name] = getattr(self, name)(x, old.get(name))
         x, new["mid"] = self.mid(x, old.get("mid"))
-        x, new["conv_out"] = self.conv_out(nnx.silu(self.norm_out(x)), old.get("conv_out"))
+        x, new["conv_out"] = self.conv_out(x, old.get("conv_out"), self.norm_out(x))
         return x, new
 
 
@@ -263,7 +301,7 @@ class Decoder(nnx.Module):
         x, new["mid"] = self.mid(x, old.get("mid"), latents)
         for name in (f"up_{i}" for i in range(len(self.config.block_out_channels))):
             x, new[name] = getattr(self, name)(x, old.get(name), latents)
-        x, new["conv_out"] = self.conv_out(nnx.silu(self.norm_out(x, latents)), old.get("conv_out"))
+        x, new["conv_out"] = self.conv_out(x, old.get("conv_out"), self.norm_out(x, latents))
         return x, new
 
 
