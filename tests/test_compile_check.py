@@ -7,12 +7,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from animecolor_jax import platforms, sharding
-from animecolor_jax.compiling import collectives, hlo, programs, report, targets
+from animecolor_jax.compiling import collectives, hlo, kernels, programs, report, targets
 from animecolor_jax.config import preset
 from animecolor_jax.errors import InputError
 from animecolor_jax.models import attention
@@ -168,6 +167,24 @@ def test_a_compiler_that_runs_out_of_memory_says_how_much_is_needed():
     assert report.needed_memory(message) == 25.5 * 2**30
     for other in ("INVALID_ARGUMENT: no such thing", "Ran out of memory in vmem. Used 130M of 128M vmem."):
         assert report.needed_memory(other) is None
+
+
+CODE = """
+= control target key start
+LB: loop body
+     0   :  { %s1 = inlined_call_operand.hbm [shape: bf16[1,8]] }
+   0x5 LB: > { %3 = sst [smem:[#a]] %s4 }
+   0x9   : > { %7 = sbr.rel (%p8) target = $region16 }
+   0xa   : > { %v1 = vld [vmem:[%s1]] }
+  0x2a   : > { %v2 = vmatmul %v1 } /* End region 13 */
+second_minor_factor: 1 */ }
+  0x2c PF: > { %p9 = scmp.ne.s32 %s1, 0 }
+  0x30   :  { %10 = vsyncpa [#a], 1 }
+"""
+
+
+def test_the_longest_stretch_of_a_kernel_lies_between_branches_and_what_they_lead_to():
+    assert kernels.longest_stretch(CODE.splitlines()) == 0x2C - 0x9
 
 
 def test_programs_are_traced_for_the_devices_they_are_for():
