@@ -297,8 +297,8 @@ class Weights:
         """
         config = self.config_of(name)
         config = dataclasses.replace(config, dtype=dtype or config.dtype, **overrides)
-        leaves = self.read(name, lambda _: config.dtype, mesh)
-        graphdef, _ = params.abstract(creator(name, config))
+        graphdef, expected = params.abstract(creator(name, config))
+        leaves = self._read(name, expected, lambda _: config.dtype, mesh)
         return nnx.merge(graphdef, params.unflatten(leaves))
 
     def bytes_on_device(self, dtype=None, mesh=None):
@@ -330,8 +330,10 @@ class Weights:
         Raises:
             InputError: as `load`.
         """
+        return self._read(name, abstract(name, self.config_of(name)), dtype_of, mesh)
+
+    def _read(self, name, expected, dtype_of, mesh):
         path = self.directory / f"{name}.safetensors"
-        expected = abstract(name, self.config_of(name))
         with safetensors_io.Reader(path) as reader:
             params.conform(reader.specs, expected, what=path)
             leaves = {}
@@ -343,7 +345,8 @@ class Weights:
 
 def _place(reader, name, shape, dtype, mesh):
     if mesh is None:
-        return jnp.asarray(reader.read(name).astype(dtype, copy=False))
+        # not `jnp.asarray`, which compiles a program for every shape
+        return jax.device_put(reader.read(name).astype(dtype, copy=False))
     placement = sharding.parameter_sharding(name, shape, mesh)
     return jax.make_array_from_callback(
         shape, placement, lambda index: np.asarray(reader.read_slice(name, index)).astype(dtype, copy=False)

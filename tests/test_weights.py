@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from animecolor_jax.config import COMPONENTS, SchedulerConfig
@@ -84,3 +85,9 @@ def test_all_files_of_bundled_weights_are_installed():
     names = ["config.json", "tokenizer/byte_level.json", *(f"{name}.safetensors" for name in COMPONENTS)]
     for name in names:
         assert any(Path(BUNDLED.name, name).match(pattern) for pattern in patterns), name
+
+
+def test_reading_compiles_nothing(caplog):
+    with jax.log_compiles():
+        Weights(BUNDLED).load("denoiser", dtype="float32")
+    assert not [each for each in caplog.messages if each.startswith("Compiling")]
