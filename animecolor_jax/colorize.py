@@ -18,6 +18,7 @@ from animecolor_jax import canvas, denoise, media, media_writing, safetensors_io
 from animecolor_jax.config import CONFIG_CLASSES
 from animecolor_jax.errors import InputError
 from animecolor_jax.pipeline import NEGATIVE_PROMPT, Noise, NonFiniteError, Pipeline, make_plan
+from animecolor_jax.quantization import check_mode
 from animecolor_jax.tokenizer import Tokenizer
 
 VISIBLE_HEIGHT = 256  # of a side-by-side that shows the truth, at least
@@ -91,16 +92,17 @@ class Colorizer:
         directory: of the weights; None for those that come with the package.
 
     Raises:
-        InputError: no weights directory, one that lacks a network, or a mesh or number of devices that are
-            not there.
+        InputError: no weights directory, one that lacks a network, a mesh or number of devices that are not
+            there; see `quantization.check_mode`.
     """
 
-    def __init__(self, directory=None, dtype=None, mesh="", offload="auto", devices=1):
+    def __init__(self, directory=None, dtype=None, mesh="", offload="auto", devices=1, quantize=None):
+        check_mode(quantize)
         self.devices = _devices(devices, mesh)
         self.mesh = sharding.make_mesh(**sharding.parse_mesh(mesh)) if mesh else None
         self.is_bundled = directory is None
         self.weights = weights.Weights(_bundled() if directory is None else directory)
-        self.dtype, self.offload = dtype, offload
+        self.dtype, self.offload, self.quantize = dtype, offload, quantize
         self.weights.require(*CONFIG_CLASSES)
         self.tokenizer = Tokenizer.load(self.weights.directory / "tokenizer")
         self.pipeline = None
@@ -111,7 +113,8 @@ class Colorizer:
             if self.is_bundled:
                 print(_describe(self.weights), file=sys.stderr)
             self.pipeline = Pipeline.load(
-                self.weights.directory, dtype=self.dtype, mesh=self.mesh, offload=self.offload
+                self.weights.directory, dtype=self.dtype, mesh=self.mesh, offload=self.offload,
+                quantize=self.quantize,
             )
 
     def read(self, job):

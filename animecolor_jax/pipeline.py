@@ -147,7 +147,7 @@ class Pipeline:
         self.seconds = {}
 
     @classmethod
-    def load(cls, directory, *, dtype=None, mesh=None, attention="auto", offload="auto"):
+    def load(cls, directory, *, dtype=None, mesh=None, attention="auto", offload="auto", quantize=None):
         """Reads a weights directory.
 
         Args:
@@ -156,10 +156,11 @@ class Pipeline:
             attention: backend of `models.attention`.
             offload: "yes" keeps networks in the host's memory while others compute, "no" does not, "auto"
                 does where they take more than half of a GPU's or TPU's memory.
+            quantize: "int8" keeps the matrices of the blocks so, and computes as before (`quantization`).
 
         Raises:
             InputError: not a weights directory, or one that lacks a network; without LCG or HCE the reference
-                would have no effect through that path, so both are required.
+                would have no effect through that path, so both are required. See `quantization.check_mode`.
         """
         use_compilation_cache()
         weights = Weights(directory)
@@ -167,12 +168,12 @@ class Pipeline:
         tokenizer = Tokenizer.load(weights.directory / "tokenizer")
 
         limit = _memory_limit(mesh)
-        taken = 0 if limit is None else weights.bytes_on_device(dtype, mesh)
+        taken = 0 if limit is None else weights.bytes_on_device(dtype, mesh, quantize)
         offloads = is_needed(offload, taken, limit, jax.process_count() > 1)
         keep = Offloaded if offloads else lambda network: network
 
         def load(name, **overrides):
-            return weights.load(name, dtype=dtype, mesh=mesh, **overrides)
+            return weights.load(name, dtype=dtype, mesh=mesh, quantize=quantize, **overrides)
 
         encoders = {name: keep(load(name)) for name in ("text_encoder", "vae", "image_encoder")}
         model = keep(AnimeColor(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from animecolor_jax import canvas, params, safetensors_io, sharding
+from animecolor_jax import canvas, params, quantization, safetensors_io, sharding
 from animecolor_jax import config as configs
 from animecolor_jax.errors import InputError
 from animecolor_jax.networks import abstract, creator, initial_leaves
@@ -283,36 +283,40 @@ class Weights:
                 + " ".join(f"--source {name}=PATH" for name in missing),
             )
 
-    def load(self, name, *, dtype=None, mesh=None, **overrides):
+    def load(self, name, *, dtype=None, mesh=None, quantize=None, **overrides):
         """One network with its parameters.
 
         Args:
             name: one of `config.COMPONENTS`.
             dtype: of parameters and computation; default: as stored.
             mesh: a `jax.sharding.Mesh`; each host then reads only the slices of its devices.
+            quantize: one of `quantization.MODES`.
             overrides: runtime fields of the component's config, such as `attention`.
 
         Raises:
-            InputError: the component is not there, damaged, or does not fit its config.
+            InputError: the component is not there, damaged, or does not fit its config; see
+                `quantization.check_mode`.
         """
+        quantization.check_mode(quantize)
         config = self.config_of(name)
         config = dataclasses.replace(config, dtype=dtype or config.dtype, **overrides)
         graphdef, expected = params.abstract(creator(name, config))
-        leaves = self._read(name, expected, lambda _: config.dtype, mesh)
+        leaves = self._read(name, expected, lambda _: config.dtype, mesh, quantize)
         return nnx.merge(graphdef, params.unflatten(leaves))
 
-    def bytes_on_device(self, dtype=None, mesh=None):
-        """Bytes of each device that all networks together take, `dtype` and `mesh` as of `load`."""
+    def bytes_on_device(self, dtype=None, mesh=None, quantize=None):
+        """Bytes of each device that all networks together take, arguments as of `load`."""
+        quantization.check_mode(quantize)
         total = 0
         for name in configs.COMPONENTS:
             config = self.config_of(name)
             for leaf, spec in abstract(name, config).items():
-                floating = jnp.issubdtype(spec.dtype, jnp.floating)
-                itemsize = jnp.dtype(dtype or config.dtype if floating else spec.dtype).itemsize
-                shape = spec.shape
-                if mesh is not None:
-                    shape = sharding.parameter_sharding(leaf, shape, mesh).shard_shape(shape)
-                total += itemsize * math.prod(shape)
+                described = quantization.describe(name, leaf, spec, dtype or config.dtype, quantize)
+                for array in jax.tree.leaves(described):
+                    shape = array.shape
+                    if mesh is not None:
+                        shape = sharding.parameter_sharding(leaf, shape, mesh).shard_shape(shape)
+                    total += array.dtype.itemsize * math.prod(shape)
         return total
 
     def config_of(self, name):
@@ -332,14 +336,18 @@ class Weights:
         """
         return self._read(name, abstract(name, self.config_of(name)), dtype_of, mesh)
 
-    def _read(self, name, expected, dtype_of, mesh):
+    def _read(self, name, expected, dtype_of, mesh, quantize=None):
         path = self.directory / f"{name}.safetensors"
         with safetensors_io.Reader(path) as reader:
             params.conform(reader.specs, expected, what=path)
             leaves = {}
             for key, leaf in reader.specs.items():
-                cast = dtype_of(key) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+                quantized = quantization.is_quantized(quantize, name, key)
+                floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+                cast = dtype_of(key) if floating and not quantized else leaf.dtype  # rounded once
                 leaves[key] = _place(reader, key, leaf.shape, jnp.dtype(cast), mesh)
+                if quantized:
+                    leaves[key] = quantization.quantize(leaves[key], key, mesh)
         return leaves
 
 

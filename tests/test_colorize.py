@@ -44,7 +44,7 @@ BASE = {"--sketch": "sketch.mkv", "--reference": "reference.png", "--weights": "
 OWN = {"steps": 3, "guidance": 1.0, "window": 9, "overlap": 4, "size": [32, 48]}
 FLAGS = """--sketch --reference --prompt --prompt-file --negative-prompt --weights --out --steps --guidance
     --seed --sampler --size --fps --invert --window --overlap --dtype --mesh --noise --comparison
-    --strict-reference --step-cache --offload --devices --jobs --demo --json"""
+    --strict-reference --step-cache --offload --quantize --devices --jobs --demo --json"""
 
 
 @pytest.fixture(scope="module")
@@ -305,12 +305,14 @@ def test_guidance_and_what_goes_with_it_have_an_effect(colored, expected):
 
 
 def test_dtype_and_mesh_reach_the_networks(colorize, monkeypatch):
-    def load(directory, *, dtype, mesh, offload):
-        raise InputError(f"{directory} {dtype} {mesh.shape['data']} {mesh.shape['context']}")
+    def load(directory, *, dtype, mesh, offload, quantize):
+        raise InputError(f"{directory} {dtype} {mesh.shape['data']} {mesh.shape['context']} {quantize}")
 
     monkeypatch.setattr(Pipeline, "load", load)
     flags = {"--dtype": "bfloat16", "--mesh": "data=2,context=4", "--out": "unwritten.mp4"}
-    assert colorize({**BASE, **flags})[1]["error"]["what"] == "weights bfloat16 2 4"
+    assert colorize({**BASE, **flags})[1]["error"]["what"] == "weights bfloat16 2 4 None"
+    found = colorize({**BASE, **flags, "--quantize": "int8"})[1]
+    assert found["error"]["what"] == "weights bfloat16 2 4 int8"
 
 
 @pytest.mark.parametrize("out", ["out.mp4", "out.webm", "out.gif", "out.mkv", "frames"])
@@ -460,6 +462,7 @@ REFUSED = [
     ({"--mesh": "rows=2"}, "--mesh", "rows=2"),
     ({"--mesh": "data=9"}, "--mesh", "9"),
     ({"--dtype": "int8"}, "--dtype", "'int8'"),
+    ({"--quantize": "int4"}, "arguments", "'int4'"),
     ({"--seed": -1}, "--seed", "-1"),
     ({"--seed": 2**32}, "--seed", str(2**32)),
     ({"--fps": 0}, "--fps", "0"),

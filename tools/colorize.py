@@ -66,6 +66,9 @@ class Arguments:
     offload: Literal["auto", "yes", "no"] = "auto"
     """Keep networks in the host's memory while others compute, for a device with little; auto: where all take
     more than half of its memory."""
+    quantize: Literal["int8"] | None = None
+    """Keep the matrices of the networks' blocks in int8 and compute as before: half of bfloat16's memory, not
+    faster. Needs qwix (the extra "quantize")."""
     devices: int = 1
     """With --jobs: so many devices colour a clip each, at the same time."""
     noise: Path | None = None
@@ -89,7 +92,7 @@ def run(args):
     values["size"] = None if args.size is None else cli.parse_size(args.size)
     if args.prompt_file is not None:
         values["prompt"] = read_prompt(args.prompt_file)
-    colorizer = Colorizer(args.weights, args.dtype, args.mesh, args.offload, args.devices)
+    colorizer = Colorizer(args.weights, args.dtype, args.mesh, args.offload, args.devices, args.quantize)
     weights = str(colorizer.weights.directory)
     if args.demo:
         job, report = run_demo(values, colorizer)

@@ -55,6 +55,8 @@ class Arguments:
     """Of colouring; training has --compute.dtype."""
     offload: bool = False
     """Of colouring: networks wait in the host's memory, as with colorize.py --offload yes."""
+    quantize: Literal["int8"] | None = None
+    """Of colouring: matrices of the networks' blocks in int8, as with colorize.py --quantize int8."""
     json: bool = False
     """Print one JSON object as the last line."""
 
@@ -73,7 +75,7 @@ def run(args, unknown):
         count, branches = len(target.devices), 1 if len(target.devices) % 2 else 2
         sizes = sharding.parse_mesh(args.mesh) or {"data": branches, "context": count // branches}
         mesh = sharding.make_mesh(**sizes, devices=list(target.devices), whole=True)
-        colouring = programs.Colouring(model, clip, mesh, args.dtype, args.offload)
+        colouring = programs.Colouring(model, clip, mesh, args.dtype, args.offload, args.quantize)
         names = {"text": "text", "image": "image", "vae-encode": "encode", "vae-decode": "decode"}
         made = getattr(colouring, names.get(args.program, args.program))()
     found = report.check(made, target, mesh)
@@ -97,9 +99,9 @@ def check_flags(args, unknown):
             "is missing", where="--config", expected="a training config",
             fix="for example --config configs/stage1_sketch.py",
         )  # fmt: skip
-    if args.program == "train" and (args.offload or args.dtype != "bfloat16"):
+    if args.program == "train" and (args.offload or args.quantize or args.dtype != "bfloat16"):
         raise InputError(
-            "is of colouring", where="--offload or --dtype", expected="neither with train",
+            "is of colouring", where="--offload, --quantize or --dtype", expected="none with train",
             fix="use --compute.dtype",
         )  # fmt: skip
 

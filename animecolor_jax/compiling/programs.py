@@ -5,6 +5,7 @@ Sizes are those of one clip: T H W latents of F frames of pixels.
 
 import dataclasses
 import re
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from animecolor_jax import denoise, flops, loading, params, sharding
+from animecolor_jax import denoise, flops, loading, params, quantization, sharding
 from animecolor_jax.config import COMPONENTS
 from animecolor_jax.errors import InputError
 from animecolor_jax.models.animecolor import AnimeColor
@@ -121,20 +122,25 @@ class Colouring:
 
     Args:
         offload: whether networks that a program does not use wait in the host's memory.
+        quantize: one of `quantization.MODES`.
     """
 
-    def __init__(self, model_config, clip, mesh, dtype="bfloat16", offload=False):
+    def __init__(self, model_config, clip, mesh, dtype="bfloat16", offload=False, quantize=None):
+        quantization.check_mode(quantize)
         self.config, self.clip, self.mesh, self.dtype = model_config, clip, mesh, dtype
-        self.offload = offload
+        self.offload, self.quantize = offload, quantize
         self.latents = clip.latents(model_config.vae)
 
     def leaves(self, name):
         """{name: description} of a network's parameters."""
+
+        def placed(leaf, array):
+            where = sharding.parameter_sharding(leaf, array.shape, self.mesh)
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+
         return {
-            leaf: jax.ShapeDtypeStruct(
-                value.shape,
-                self.dtype if jnp.issubdtype(value.dtype, jnp.floating) else value.dtype,
-                sharding=sharding.parameter_sharding(leaf, value.shape, self.mesh),
+            leaf: jax.tree.map(
+                partial(placed, leaf), quantization.describe(name, leaf, value, self.dtype, self.quantize)
             )
             for leaf, value in abstract(name, getattr(self.config, name)).items()
         }

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
 
 from animecolor_jax.models.chunked_attention import SAVED
 
@@ -57,12 +58,26 @@ def remat(body, policy):
     return jax.checkpoint(body, policy=saved, prevent_cse=False)
 
 
+def promote(arrays, dtype=None):
+    """How linear layers cast (input, kernel, bias): as Flax does, but a kernel that `quantization` put into
+    int8 is dequantised first."""
+    return dtypes.promote_dtype(tuple(map(_dequantized, arrays)), dtype=dtype)
+
+
+def _dequantized(array):
+    if not hasattr(array, "qvalue"):
+        return array
+    import qwix  # not above: it is an extra
+
+    return qwix.dequantize(array)
+
+
 def linear(in_dim, out_dim, *, dtype, rngs, bias=True, rank=0, alpha=0.0):
     """Linear layer computing in `dtype`; with a `rank`, one with an adapter."""
+    kwargs = {"use_bias": bias, "dtype": jnp.dtype(dtype), "promote_dtype": promote, "rngs": rngs}
     if rank:
-        kwargs = {"use_bias": bias, "dtype": jnp.dtype(dtype), "rngs": rngs}
         return LoraLinear(in_dim, out_dim, rank=rank, alpha=alpha, **kwargs)
-    return nnx.Linear(in_dim, out_dim, use_bias=bias, dtype=jnp.dtype(dtype), rngs=rngs)
+    return nnx.Linear(in_dim, out_dim, **kwargs)
 
 
 def layer_norm(dim, *, eps, dtype, rngs):

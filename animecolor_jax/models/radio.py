@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 
 from animecolor_jax.models.attention import attention
-from animecolor_jax.models.layers import Buffer, layer_norm, stack
+from animecolor_jax.models.layers import Buffer, layer_norm, promote, stack
 
 MLP_NORM_EPS = 1e-5  # torch's default, unlike the blocks' own norms
 # input statistics of a fresh model: OpenAI CLIP's, as in the reference; a checkpoint brings its own
@@ -27,7 +27,7 @@ def _linear(in_dim, out_dim, config, *, rngs, bias=True):
     """Linear layer from the compute dtype to float32."""
     return nnx.Linear(
         in_dim, out_dim, use_bias=bias, dtype=jnp.dtype(config.dtype), preferred_element_type=jnp.float32,
-        rngs=rngs,
+        promote_dtype=promote, rngs=rngs,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from animecolor_jax.models.layers import linear, stack
+from animecolor_jax.models.layers import linear, promote, stack
 
 
 def relative_position_buckets(length, num_buckets, max_distance):
@@ -58,7 +58,8 @@ class Attention(nnx.Module):
         # T5 scales the initial query kernel instead of the scores
         self.q = nnx.Linear(
             config.d_model, inner, use_bias=False, dtype=jnp.dtype(config.dtype),
-            kernel_init=nnx.initializers.normal((config.d_model * config.d_kv) ** -0.5), rngs=rngs,
+            kernel_init=nnx.initializers.normal((config.d_model * config.d_kv) ** -0.5),
+            promote_dtype=promote, rngs=rngs,
         )
         self.k = linear(config.d_model, inner, bias=False, dtype=config.dtype, rngs=rngs)
         self.v = linear(config.d_model, inner, bias=False, dtype=config.dtype, rngs=rngs)
