@@ -1,6 +1,5 @@
 """What tools/benchmark.py measures. Both sides run in one process, warmed up, alternating; PyTorch is
-imported only
-where a comparison asks for it."""
+imported only where a comparison asks for it."""
 
 import dataclasses
 import statistics
@@ -14,6 +13,7 @@ from animecolor_jax import denoise, flops
 from animecolor_jax.config import HCEConfig, SchedulerConfig, TransformerConfig, VAEConfig
 from animecolor_jax.convert.transformer import config_to_torch as transformer_to_torch
 from animecolor_jax.convert.vae import config_to_torch as vae_to_torch
+from animecolor_jax.errors import InputError
 from animecolor_jax.models.animecolor import AnimeColor, Conditions
 from animecolor_jax.networks import fresh
 from animecolor_jax.sampling import init_state, make_sampler
@@ -48,19 +48,27 @@ def alternate(sides, repeats):
     return seconds
 
 
-def result(name, shape, sides, repeats, unit="s"):
-    """One line of the report: medians, and the median of the ratios theirs / ours round by round."""
-    seconds = alternate(sides, repeats)
+def result(name, shape, sides, repeats, unit="s", dtype="float32"):
+    """One line of the report of sides "ours" and, if there is one, "theirs"."""
+    return compare(name, shape, **alternate(sides, repeats), unit=unit, dtype=dtype)
+
+
+def compare(name, shape, ours, theirs=None, *, unit="s", dtype="float32", calls=1):
+    """One line of the report: medians, and the median of the ratios theirs / ours round by round.
+
+    Args:
+        ours, theirs: seconds of each round. calls: how many of what is reported a round consists of.
+    """
     ratio = None
-    if "theirs" in seconds:
-        ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True))
+    if theirs is not None:
+        ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
     return {
         "name": name,
         "shape": shape,
-        "dtype": "float32",
+        "dtype": dtype,
         "unit": unit,
-        "ours": statistics.median(seconds["ours"]),
-        "theirs": statistics.median(seconds["theirs"]) if ratio is not None else None,
+        "ours": statistics.median(ours) / calls,
+        "theirs": None if theirs is None else statistics.median(theirs) / calls,
         "ratio": ratio,
     }
 
@@ -76,14 +84,45 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
-def torch_transformer(config):
+def torch_device():
+    """Where PyTorch is to run: on the kind of device that JAX has; InputError where it cannot."""
+    import torch
+
+    if jax.default_backend() == "cpu":
+        return "cpu"
+    if jax.default_backend() != "gpu" or not torch.cuda.is_available():
+        raise InputError(
+            f"PyTorch {torch.__version__} without a {jax.default_backend().upper()}", where="--against",
+            expected="PyTorch with CUDA where JAX runs on a GPU", fix="install another build of PyTorch",
+        )  # fmt: skip
+    return "cuda"
+
+
+def to_torch(array):
+    """A JAX array as PyTorch's, of the same dtype and on the same kind of device."""
+    import torch
+
+    values = torch.tensor(np.asarray(array.astype(jnp.float32)))
+    return values.to(torch_device(), getattr(torch, str(array.dtype)))
+
+
+def wait_for_torch():
+    """Returns when PyTorch's device has done all work."""
+    import torch
+
+    if torch_device() == "cuda":
+        torch.cuda.synchronize()
+
+
+def torch_transformer(config, dtype="float32", device="cpu"):
     """diffusers' transformer of the same size, random weights."""
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
     torch.manual_seed(0)
     values = {key: value for key, value in transformer_to_torch(config).items() if not key.startswith("_")}
-    return CogVideoXTransformer3DModel(**values).eval()
+    with torch.device(device):
+        return CogVideoXTransformer3DModel(**values).to(getattr(torch, dtype)).eval()
 
 
 def forward(against, repeats):
@@ -142,9 +181,10 @@ def denoise_loop(model, latents, sketch, text, conditions, sampler, rebuild=None
     """All steps with guidance; `rebuild` makes the conditions anew in every step, as if nothing were
     cached."""
     layout = denoise.Layout.of([0], latents.shape[1])
+    rope = denoise.rotary_table(model.denoiser.config, latents.shape[1:4])
     step = denoise.denoise_step if rebuild is None else _uncached_step
     state = init_state(sampler, latents)
-    latents = jnp.array(latents)  # the step donates its argument
+    latents = jnp.array(latents, model.denoiser.config.dtype)  # the step donates its argument
     for i in range(sampler.num_calls):
         latents, state, *_ = step(
             model,
@@ -153,14 +193,14 @@ def denoise_loop(model, latents, sketch, text, conditions, sampler, rebuild=None
             sketch,
             text,
             conditions if rebuild is None else rebuild,
-            None,
+            rope,
             sampler,
             6.0,
             i,
             None,
             layout.weights,
             layout.index,
-            dtype="float32",
+            dtype=model.denoiser.config.dtype,
         )
     return jax.block_until_ready(latents)
 
@@ -198,29 +238,34 @@ def denoising(against, repeats):
     nothing, empty = Conditions(None, None), jnp.zeros((1, *CPU_CLIP, 0))
     sides = {"ours": lambda: denoise_loop(model, latents, empty, text, nothing, sampler)}
     if against == "torch":
-        sides["theirs"] = _torch_loop(latents, text)
+        theirs = torch_transformer(SMALL_DIT)
+        sides["theirs"] = torch_loop(theirs, latents, text, CPU_STEPS, SchedulerConfig())
     return [result("plain CogVideoX denoise loop", shape, sides, repeats)]
 
 
-def _torch_loop(latents, text):
+def torch_loop(model, latents, text, steps, scheduler_config):
+    """The loop of a plain CogVideoX with guidance, as diffusers' pipeline has it; a function of nothing.
+
+    Args:
+        model: `torch_transformer`, or what torch.compile makes of it. latents, text: JAX arrays.
+    """
     import torch
     from diffusers import DDIMScheduler
 
     from animecolor_jax.convert.scheduler import config_to_torch
 
-    model = torch_transformer(SMALL_DIT)
-    scheduler = DDIMScheduler.from_config(config_to_torch(SchedulerConfig()))
-    start = torch.tensor(np.asarray(latents.transpose(0, 1, 4, 2, 3)))
-    embeds = torch.tensor(np.asarray(text))
+    scheduler = DDIMScheduler.from_config(config_to_torch(scheduler_config))
+    start, embeds = to_torch(latents.transpose(0, 1, 4, 2, 3)), to_torch(text)
 
     def run():
         with torch.inference_mode():
-            scheduler.set_timesteps(CPU_STEPS)
+            scheduler.set_timesteps(steps, device=start.device)
             x = start
             for t in scheduler.timesteps:
                 v = model(torch.cat([x, x]), embeds, t.expand(2), return_dict=False)[0]
                 uncond, cond = v.chunk(2)
                 x = scheduler.step(uncond + 6.0 * (cond - uncond), t, x, return_dict=False)[0]
+        wait_for_torch()
 
     return run
 

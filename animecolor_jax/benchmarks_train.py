@@ -10,8 +10,6 @@ JAX, Flax and Optax. Weights and data are random, made on the device.
 import argparse
 import dataclasses
 import json
-import math
-import re
 from dataclasses import dataclass
 
 import jax
@@ -20,18 +18,17 @@ import numpy as np
 
 from animecolor_jax import benchmarks, flops
 from animecolor_jax.config import AnimeColorConfig, HCEConfig, SchedulerConfig, preset
-from animecolor_jax.networks import STACKED
+from animecolor_jax.networks import random_leaf
+from animecolor_jax.platforms import GIB
 from animecolor_jax.train import stages
 from animecolor_jax.train.config import ComputeConfig, OptimizerConfig, TrainConfig
 from animecolor_jax.train.optimizer import make_optimizer
 from animecolor_jax.train.parts import Parts
-from animecolor_jax.train.step import Objective, make_train_step
+from animecolor_jax.train.step import Objective, input_shapes, make_train_step
 from data_pipeline.dataset import DataConfig
 
 STAGES = (stages.SKETCH, stages.HCE, stages.LCG, stages.JOINT)
-GIB = 2**30
 LOGVAR = -3.0  # of a VAE's posterior
-RADIO_PATCH = 2  # latents along a side of an image encoder's patch
 
 
 @dataclass(frozen=True)
@@ -67,40 +64,24 @@ SHAPES = {
 
 
 def random_parameters(parts, frozen_dtype):
-    """(trained, frozen) of `Parts`, made on the device; activations keep their scale from block to block."""
+    """(trained, frozen) of `Parts`, made on the device."""
     trained_names, made = set(parts.trained), ({}, {})
     for number, (name, shape) in enumerate(sorted(parts.shapes.items())):
         trained, leaf_name = name in trained_names, name.partition("/")[2]
-        if name.endswith(("/scale", "/bias")):
-            leaf = jnp.full(shape.shape, float(name.endswith("/scale")))
-        else:
-            fan_in = math.prod(shape.shape[1 if re.fullmatch(STACKED, leaf_name) else 0 : -1])
-            leaf = fan_in**-0.5 * jax.random.normal(jax.random.key(number), shape.shape)
-        made[not trained][name] = leaf.astype("float32" if trained else frozen_dtype)
+        dtype = "float32" if trained else frozen_dtype
+        made[not trained][name] = random_leaf(leaf_name, shape, jax.random.key(number), dtype)
     return made
 
 
 def random_inputs(model, latents, batch_size, stage):
     """What `step.clip_losses` reads, one reference for a clip, bfloat16 as in precomputed records."""
-    keys = iter(jax.random.split(jax.random.key(1), 8))
-
-    def normal(*shape):
-        return jax.random.normal(next(keys), (batch_size, *shape), jnp.bfloat16)
-
-    (_, height, width), channels = latents, model.denoiser.out_channels
-    clip, reference = (*latents, channels), (1, height, width, channels)
-    inputs = {
-        "video_mean": normal(*clip),
-        "video_logvar": jnp.full((batch_size, *clip), LOGVAR, jnp.bfloat16),
-        "sketch": normal(*clip),
-        "reference_mean": normal(*reference),
-        "reference_logvar": jnp.full((batch_size, *reference), LOGVAR, jnp.bfloat16),
-        "text": normal(model.denoiser.text_length, model.denoiser.text_dim),
-    }
-    if "hce" in stage.conditions:
-        patches = (height // RADIO_PATCH) * (width // RADIO_PATCH)
-        inputs["image_summary"] = normal(1, model.hce.summary_dim)
-        inputs["image_features"] = normal(1, patches, model.hce.feature_dim)
+    inputs = {}
+    for number, (name, shape) in enumerate(input_shapes(stage, model, latents).items()):
+        shape = (batch_size, *shape)
+        if name.endswith("_logvar"):
+            inputs[name] = jnp.full(shape, LOGVAR, jnp.bfloat16)
+        else:
+            inputs[name] = jax.random.normal(jax.random.key(number), shape, jnp.bfloat16)
     return inputs
 
 
@@ -216,13 +197,12 @@ def speed(step, shape, theirs, repeats):
     stage, batch_size = step.config.stage, step.config.data.batch_size
     sides = {"ours": step} | ({"theirs": theirs} if theirs else {})
     text = f"{shape.text}, batch {batch_size}"
-    line = benchmarks.result(f"train step, {stage.name}", text, sides, repeats)
+    line = benchmarks.result(f"train step, {stage.name}", text, sides, repeats, dtype=shape.dtype)
     device = jax.devices()[0]
     peak = flops.peak_flops(device.device_kind, shape.dtype)
     work = flops.train_step(stage, shape.model, shape.latents, batch_size)
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return line | {
-        "dtype": shape.dtype,
         "tflop": work / 1e12,
         "mfu": peak and work / (line["ours"] * peak),
         "planned_gib": step.planned / GIB,
@@ -247,7 +227,7 @@ def memory_bound(stage, model, latents, batch_size, first, dtype):
         tokens = reference * (2 if parts.trains_lcg else 1) + (text + reference) * parts.trains_lcg
         total += itemsize * model.lcg.num_layers * batch_size * tokens * model.lcg.dim
     if "hce" in stage.conditions:
-        patches = math.prod(side // RADIO_PATCH for side in latents[1:])
+        patches = flops.image_patches(model, latents[1:])
         total += 2 * batch_size * (model.hce.summary_dim + patches * model.hce.feature_dim)  # bfloat16
     return total
 

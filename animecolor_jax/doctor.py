@@ -13,6 +13,7 @@ import numpy as np
 
 from animecolor_jax import flops
 from animecolor_jax.models.attention import attention
+from animecolor_jax.platforms import GIB
 from animecolor_jax.train import memory, stages
 from animecolor_jax.train.config import TrainConfig
 from data_pipeline.dataset import DataConfig
@@ -37,7 +38,7 @@ def environment():
     return {
         "python": platform.python_version(), "jax": jax.__version__, "platform": jax.default_backend(),
         "device": devices[0].device_kind, "devices": len(devices),
-        "memory_gib": limit and limit / memory.GIB,
+        "memory_gib": limit and limit / GIB,
     }  # fmt: skip
 
 
@@ -165,9 +166,6 @@ def training(model, latents, found, devices, limit_bytes):
         {stage: {"batch" (0: not even one clip a device; None: memory unknown), "gib" (of each device at the
         paper's batch), "seconds_per_step", "hours"}}, the last two at the paper's batch.
     """
-    whole = flops.transformer(model.denoiser, latents)
-    tokens = model.denoiser.text_length + flops.tokens_of(model.denoiser, latents)
-    share = model.denoiser.num_layers * flops.attention(tokens, tokens, model.denoiser.dim) / whole
     stages_found = {}
     for stage, steps in STAGES.items():
 
@@ -175,18 +173,26 @@ def training(model, latents, found, devices, limit_bytes):
             config = TrainConfig(stage=stage, steps=1, data=DataConfig(batch_size=batch))
             return memory.estimate(config, model, latents, {"fsdp": devices})["total"]
 
-        work = flops.train_step(stage, model, latents, PAPER_BATCH)
-        rate = 1e12 / (share / found["attention_backward_tflops"] + (1 - share) / found["matmul_tflops"])
-        seconds = work / (devices * rate)
+        seconds = step_seconds(stage, model, latents, found, PAPER_BATCH) / devices
         batch = None
         if limit_bytes is not None:
             sizes = (devices * clips for clips in (16, 8, 4, 2, 1))
             batch = next((size for size in sizes if needed(size) <= limit_bytes), 0)
         stages_found[stage.name] = {
-            "batch": batch, "gib": needed(-(-PAPER_BATCH // devices) * devices) / memory.GIB,
+            "batch": batch, "gib": needed(-(-PAPER_BATCH // devices) * devices) / GIB,
             "seconds_per_step": seconds, "hours": seconds * steps / 3600,
         }  # fmt: skip
     return stages_found
+
+
+def step_seconds(stage, model, latents, found, batch_size):
+    """Seconds of one device that no training step of `batch_size` clips beats. Arguments as of `training`."""
+    config, work = model.denoiser, flops.train_step(stage, model, latents, batch_size)
+    tokens = config.text_length + flops.tokens_of(config, latents)
+    attended = config.num_layers * flops.attention(tokens, tokens, config.dim)
+    share = attended / flops.transformer(config, latents)
+    rates = found["attention_backward_tflops"], found["matmul_tflops"]
+    return work / 1e12 * (share / rates[0] + (1 - share) / rates[1])
 
 
 def loading(path, needed, seconds=10.0, batch_size=4):

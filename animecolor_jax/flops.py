@@ -13,7 +13,7 @@ import re
 from typing import NamedTuple
 
 from animecolor_jax.config import RadioConfig
-from animecolor_jax.models.vae import compresses_time, encode_slices
+from animecolor_jax.models.vae import compresses_time, decode_slices, encode_slices
 from animecolor_jax.params import first_match
 from data_pipeline.shapes import FRAMES_PER_LATENT, SPATIAL_COMPRESSION
 
@@ -265,6 +265,35 @@ def radio(config, size):
     return dense(patches, 3 * config.patch_size**2, dim) + config.depth * layer
 
 
+def image_patches(model_config, reference_shape):
+    """Features that the image encoder makes of a reference whose latents are (H, W)."""
+    compression = model_config.vae.spatial_compression if model_config.vae else SPATIAL_COMPRESSION
+    patch = (model_config.image_encoder or RadioConfig()).patch_size
+    height, width = (compression * side // patch for side in reference_shape)
+    return height * width
+
+
+def conditions(model_config, reference_shape):
+    """What is made of one reference, (H, W) in latents, once per clip."""
+    denoiser, bank = model_config.denoiser, tokens_of(model_config.denoiser, (1, *reference_shape))
+    total = lcg(model_config.lcg, reference_shape) + project_bank(denoiser, bank)
+    return total + hce(model_config.hce, image_patches(model_config, reference_shape))
+
+
+def denoising_step(model_config, latent_shape):
+    """One denoising step of AnimeColor with text guidance, one clip and one reference."""
+    denoiser, extractor = model_config.denoiser, model_config.hce
+    bank = tokens_of(denoiser, (1, *latent_shape[1:]))
+    crossed = cross_attention(extractor, tokens_of(denoiser, latent_shape), extractor.num_tokens)
+    return 2 * (transformer(denoiser, latent_shape, None, bank) + extractor.num_cross * crossed)
+
+
+def vae_decode(config, latent_shape):
+    """VAE, latents (T, H, W), chunk by chunk as the pipeline decodes them."""
+    chunks = [part.stop - part.start for part in decode_slices(latent_shape[0], config)]
+    return sum(vae_decode_chunk(config, (frames, *latent_shape[1:])) for frames in chunks)
+
+
 # names that stand for a network where a stage's rules are asked whether it is trained
 STANDS_FOR = {
     "denoiser": ("denoiser/blocks/attn/q/kernel",),
@@ -326,9 +355,7 @@ def train_step(
         denoiser, latent_shape, None, bank_tokens, gradients=passing, forward_blocks=forward_blocks
     )
     if "hce" in used:
-        pixels = tuple(SPATIAL_COMPRESSION * side for side in reference_shape)
-        patch = (model_config.image_encoder or RadioConfig()).patch_size
-        patches = (pixels[0] // patch) * (pixels[1] // patch)
+        patches = image_patches(model_config, reference_shape)
         total += hce(extractor, patches, references, Gradients(weights=hce_trained))
         size = (extractor, tokens_of(denoiser, latent_shape), references * extractor.num_tokens)
         crossing = Gradients(any_trained, hce_trained, hce_trained)

@@ -5,6 +5,7 @@ import contextvars
 
 import jax
 
+GIB = 2**30
 _chosen = contextvars.ContextVar("platform and device kind", default=(None, None))
 
 

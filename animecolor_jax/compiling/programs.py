@@ -24,7 +24,7 @@ from animecolor_jax.sampling import make_sampler
 from animecolor_jax.train import state
 from animecolor_jax.train.optimizer import make_optimizer
 from animecolor_jax.train.parts import Parts
-from animecolor_jax.train.step import Objective, make_train_step
+from animecolor_jax.train.step import Objective, input_shapes, make_train_step
 from data_pipeline.shapes import latent_frames
 
 MODEL = ("denoiser", "lcg", "hce")
@@ -82,7 +82,11 @@ def train(config, model_config, clip, mesh):
     objective = Objective(parts, model_config.scheduler, model_config.vae.scaling_factor)
     step = make_train_step(objective, optimizer, config.optimizer, placed)
     latents, references = clip.latents(model_config.vae), config.data.view.num_references
-    inputs = batch_inputs(config, model_config, clip, mesh)
+    batch, placed_inputs = config.data.batch_size, loading.batch_sharding(mesh)
+    inputs = {
+        name: jax.ShapeDtypeStruct((batch, *shape), jnp.bfloat16, sharding=placed_inputs)
+        for name, shape in input_shapes(config.stage, model_config, latents, references).items()
+    }
     work = flops.train_step(
         config.stage, model_config, latents, config.data.batch_size, references, trained=parts.trained
     )
@@ -91,30 +95,6 @@ def train(config, model_config, clip, mesh):
         return step.lower(held.trainable, held.opt_state, held.ema, held.frozen, inputs, held.key, held.step)
 
     return [Program(f"train {config.stage.name}", lower, work, config.compute.dtype)]
-
-
-def batch_inputs(config, model_config, clip, mesh):
-    """{name: description} of what `step.clip_losses` reads, precomputed in bfloat16."""
-    batch, images = config.data.batch_size, config.data.view.num_references
-    video = (*clip.latents(model_config.vae), model_config.vae.latent_channels)
-    reference, denoiser = (images, *video[1:]), model_config.denoiser
-    shapes = dict.fromkeys(("video_mean", "video_logvar", "sketch"), video)
-    shapes |= dict.fromkeys(("reference_mean", "reference_logvar"), reference)
-    shapes["text"] = (denoiser.text_length, denoiser.text_dim)
-    if "hce" in config.stage.conditions:
-        shapes["image_summary"] = (images, model_config.hce.summary_dim)
-        shapes["image_features"] = (images, patches(model_config, clip), model_config.hce.feature_dim)
-    placed = loading.batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((batch, *shape), jnp.bfloat16, sharding=placed)
-        for name, shape in shapes.items()
-    }
-
-
-def patches(model_config, clip):
-    """Features that the image encoder makes of a reference."""
-    size = model_config.image_encoder.patch_size
-    return (clip.height // size) * (clip.width // size)
 
 
 class Colouring:
@@ -193,10 +173,7 @@ class Colouring:
         text = self.array((2, config.denoiser.text_length, config.denoiser.text_dim))
         table = jax.tree.map(jnp.asarray, (rope, tables, layout.weights, layout.index))
         rope, tables, weights, index = self.whole(table)
-        bank = flops.tokens_of(config.denoiser, (1, *self.latents[1:]))
-        work = flops.transformer(config.denoiser, self.latents, None, bank)
-        size = (config.hce, flops.tokens_of(config.denoiser, self.latents), config.hce.num_tokens)
-        work += config.hce.num_cross * flops.cross_attention(*size)
+        work = flops.denoising_step(config, self.latents)
 
         def lower():
             return denoise.denoise_step.lower(
@@ -206,20 +183,18 @@ class Colouring:
             )  # fmt: skip
 
         beside = self.beside(MODEL, r"denoiser/.*|hce/cross_attn/(q|out|norm2)/.*")
-        return [Program("denoising step", lower, 2 * work, self.dtype, beside)]
+        return [Program("denoising step", lower, work, self.dtype, beside)]
 
     def reference(self):
         """What the conditions are made of: latents, summary and features of one reference."""
         hce, shape = self.config.hce, (1, 1, *self.latents[1:], self.config.vae.latent_channels)
-        summary, features = (1, 1, hce.summary_dim), (1, 1, patches(self.config, self.clip), hce.feature_dim)
+        patches = flops.image_patches(self.config, self.latents[1:])
+        summary, features = (1, 1, hce.summary_dim), (1, 1, patches, hce.feature_dim)
         return [self.array(shape) for shape in (shape, summary, features)]
 
     def conditions(self):
         """What is made of the reference once per clip."""
-        model, config = AnimeColor(*(self.network(name) for name in MODEL)), self.config
-        bank = flops.tokens_of(config.denoiser, (1, *self.latents[1:]))
-        work = flops.lcg(config.lcg, self.latents[1:]) + flops.project_bank(config.denoiser, bank)
-        work += flops.hce(config.hce, patches(config, self.clip))
+        model, work = AnimeColor(*map(self.network, MODEL)), flops.conditions(self.config, self.latents[1:])
         of_lcg = r"lcg/(patch_embed|text_embed|time_embed|blocks)/.*"
         of_hce = r"hce/(qformer|cross_attn/(kv|norm1))/.*"
         beside = self.beside(MODEL, rf"{of_lcg}|{of_hce}|denoiser/blocks/attn/(k|v|k_norm)/.*")

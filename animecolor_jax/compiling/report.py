@@ -8,8 +8,8 @@ import jax
 from animecolor_jax import flops, platforms
 from animecolor_jax.compiling import hlo, targets
 from animecolor_jax.compiling.collectives import read_collectives, summarise
+from animecolor_jax.platforms import GIB
 
-GIB = targets.GIB
 SHARE = 0.92  # of a device's memory that a program may take
 
 

@@ -13,8 +13,7 @@ from unittest import mock
 from jax.experimental import topologies
 
 from animecolor_jax.errors import InputError
-
-GIB = 2**30
+from animecolor_jax.platforms import GIB
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ from animecolor_jax.errors import InputError
 from animecolor_jax.flops import FRAMES_PER_LATENT, SPATIAL_COMPRESSION, tokens_of
 from animecolor_jax.models import attention
 from animecolor_jax.models.chunked_attention import QUERY_CHUNK
-from animecolor_jax.platforms import platform
+from animecolor_jax.platforms import GIB, platform
 from animecolor_jax.sharding import AXES, bytes_on_device, parameter_sharding
 from animecolor_jax.train import state
 from animecolor_jax.train.optimizer import make_optimizer
 from animecolor_jax.train.parts import Parts
 
-GIB = 2**30
 # Arrays of a block in units of [tokens, width], (in float32, in the compute dtype). What a block by itself
 # hands from forward to backward pass is counted in its trace; what there is of it at one time where both
 # passes are one compiled program, and besides where weights are trained or not, is fitted to XLA's

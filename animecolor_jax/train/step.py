@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from animecolor_jax import denoise, diffusion
+from animecolor_jax import denoise, diffusion, flops
 from animecolor_jax.models.animecolor import Conditions
 from animecolor_jax.models.vae import posterior
 from animecolor_jax.sharding import constrain
@@ -36,6 +36,24 @@ def draw(key, inputs, num_timesteps):
             keys[1:], (shape, shape, inputs["reference_mean"].shape), strict=True
         )),
     )  # fmt: skip
+
+
+def input_shapes(stage, model_config, latents, references=1):
+    """{name: shape of one clip} of what `clip_losses` reads where all is precomputed.
+
+    Args:
+        stage: StageConfig. model_config: AnimeColorConfig. latents: (t, h, w) of the clip.
+    """
+    denoiser = model_config.denoiser
+    clip, reference = (*latents, denoiser.out_channels), (references, *latents[1:], denoiser.out_channels)
+    shapes = dict.fromkeys(("video_mean", "video_logvar", "sketch"), clip)
+    shapes |= dict.fromkeys(("reference_mean", "reference_logvar"), reference)
+    shapes["text"] = (denoiser.text_length, denoiser.text_dim)
+    if "hce" in stage.conditions:
+        patches = flops.image_patches(model_config, latents[1:])
+        shapes["image_summary"] = (references, model_config.hce.summary_dim)
+        shapes["image_features"] = (references, patches, model_config.hce.feature_dim)
+    return shapes
 
 
 def sample_latents(mean, logvar, noise, scaling_factor):
