@@ -4,6 +4,7 @@ python tools/benchmark.py forward --against torch
 python tools/benchmark.py vae --against torch
 python tools/benchmark.py denoise --against torch
 python tools/benchmark.py denoise --against uncached
+python tools/benchmark.py attention --against torch
 python tools/benchmark.py train --against torch
 python tools/benchmark.py train --shape 2b-480x720x49
 python tools/benchmark.py data
@@ -16,7 +17,7 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from animecolor_jax import benchmarks, benchmarks_train, cli
+from animecolor_jax import benchmarks, benchmarks_attention, benchmarks_train, cli
 from animecolor_jax.errors import InputError
 
 
@@ -38,6 +39,7 @@ MEASURES = {
     "forward": benchmarks.forward,
     "vae": benchmarks.vae,
     "denoise": benchmarks.denoising,
+    "attention": benchmarks_attention.attention,
     "data": data,
     "metrics": metrics,
 }
@@ -48,7 +50,9 @@ class Arguments:
     """Measure speed; with --against, both sides in one run, alternating. Ratios are theirs / ours:
     above 1 we win."""
 
-    measure: Annotated[Literal["forward", "vae", "denoise", "train", "data", "metrics"], tyro.conf.Positional]
+    measure: Annotated[
+        Literal["forward", "vae", "denoise", "attention", "train", "data", "metrics"], tyro.conf.Positional
+    ]
     """What to measure."""
     against: Literal["none", "torch", "uncached"] = "none"
     """The other side; "uncached" (denoise only) makes the reference's keys and values anew in every step.
@@ -84,10 +88,10 @@ def run(args):
         results = MEASURES[args.measure](args.against, args.repeats)
     for line in results:
         against = (
-            "" if line["ratio"] is None else f"   theirs {line['theirs']:.3f}   ratio {line['ratio']:.2f}"
+            "" if line["ratio"] is None else f"   theirs {line['theirs']:.4g}   ratio {line['ratio']:.2f}"
         )
         more = f"   {benchmarks_train.describe(line)}" if args.measure == "train" else ""
-        print(f"{line['name']} ({line['shape']}): {line['ours']:.3f} {line['unit']}{against}{more}")
+        print(f"{line['name']} ({line['shape']}): {line['ours']:.4g} {line['unit']}{against}{more}")
     ratios = [line["ratio"] for line in results if line["ratio"] is not None]
     return {
         "device": jax.devices()[0].device_kind,
