@@ -232,3 +232,9 @@ def test_a_step_costs_three_forward_passes_where_all_is_trained():
 def test_peak_is_of_the_device_kind(kind, peak):
     assert flops.peak_flops(kind, "bfloat16") == peak
     assert flops.peak_flops(kind, "float32") is None
+
+
+def test_patches_of_a_reference_follow_the_vae():
+    full, mini = preset("animecolor-2b"), preset("mini")
+    assert flops.image_patches(full, (60, 90)) == (480 // 16) * (720 // 16)
+    assert flops.image_patches(mini, (24, 40)) == (96 // 16) * (160 // 16)

@@ -2,13 +2,17 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from animecolor_jax import doctor, flops
+from animecolor_jax import doctor, flops, networks
+from animecolor_jax.config import COMPONENTS
 from animecolor_jax.errors import InputError
 from animecolor_jax.measuring import row, slices, table
 from animecolor_jax.measuring.rows import rows
@@ -67,7 +71,7 @@ def test_results_of_another_size_or_damaged_ones_are_refused(tmp_path):
 
 def test_a_row_is_ended_when_the_time_is_over(tmp_path):
     found = slices.in_a_process(tmp_path, "text", "tiny", 0.1)
-    assert found["state"] == "stopped" and not (tmp_path / "text.json").exists()
+    assert found["state"] == "stopped" and not (tmp_path / slices.LOGS / "text.json").exists()
 
 
 def test_a_row_that_fails_says_how(tmp_path):
@@ -85,7 +89,10 @@ WHERE = {"device": "NVIDIA H200", "date": "2026-01-02 03:04", "jax": "1", "torch
 def done(*lines, device="NVIDIA H200"):
     facts = {"unit": "s", "theirs": None, "ratio": None}
     where = WHERE | {"device": device}
-    return {"state": "done", "lines": [facts | line for line in lines], "peak_gib": 3.0, "where": where}
+    lines = [facts | line for line in lines]
+    return {
+        "state": "done", "lines": lines, "peak_gib": 3.0, "compiled": 2, "from_cache": 1, "where": where,
+    }  # fmt: skip
 
 
 def roofline():
@@ -137,24 +144,48 @@ def test_a_clip_is_also_the_sum_of_its_parts():
     assert found["share"] == pytest.approx(0.6 / 0.5)
 
 
+def test_a_clip_is_no_sum_of_parts_from_several_devices():
+    first, *others = [step(0.5) | {"name": name} for name in table.PARTS]
+    held = {"first": done(first, device="NVIDIA H100 PCIe"), "others": done(*others)}
+    assert len(table.lines(held, FULL)) == len(table.PARTS)
+
+
+def test_the_target_of_a_clip_is_not_that_of_its_stages():
+    names = ("clip, blocks in 17 of 50 steps", "clip, blocks in 17 of 50 steps: decode", "clip, exact")
+    held = {"clip": done(*({"name": name, "shape": "2b", "ours": 20.0} for name in names))}
+    assert [line["met"] for line in table.lines(held, FULL)] == [False, None, True]
+
+
 def test_rows_not_run_say_why():
     held = {
         "roofline": roofline(),
-        "cogvideox-eager": {"state": "lacking", "reason": "diffusers is not installed"},
+        "cogvideox-eager": {"state": "lacking", "reason": "a | b"},
     }
     known = rows(FULL)
     reasons = table.not_run(held, known)
     assert len(reasons) == len(known) - 1 and set(reasons.values()) == {
-        "not run",
-        "diffusers is not installed",
+        "no slice has come to it yet",
+        "a | b",
     }
     text = table.markdown(table.lines(held, FULL), reasons).splitlines()
-    cells = [line.count(" | ") for line in text if line.startswith("| ")]
+    cells = [len(re.findall(r"(?<!\\)\|", line)) for line in text if line.startswith("| ")]
     assert len(cells) == 1 + len(RATES) + len(reasons) and len(set(cells)) == 1
     assert any("2026-01-02 03:04 UTC, jax 1, torch 2, diffusers none" in line for line in text)
 
 
 # ---------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_random_networks_have_the_leaves_of_the_full_size(name):
+    shapes = networks.abstract(name, getattr(FULL.model, name))
+    key = jax.random.key(0)
+    for leaf, shape in shapes.items():
+        made = jax.eval_shape(
+            lambda leaf=leaf, shape=shape: networks.random_leaf(leaf, shape, key, "bfloat16")
+        )
+        assert made.shape == shape.shape
+        assert made.dtype == ("bfloat16" if jnp.issubdtype(shape.dtype, jnp.floating) else shape.dtype)
 
 
 def command(*arguments):
@@ -207,9 +238,7 @@ def test_one_row_end_to_end(tmp_path):
     assert line["name"] == "text encoder" and line["ours"] > 0 and line["where"]["device"] == "cpu"
     assert line["tflop"] == {"products": 2 * flops.t5(TINY.model.text_encoder, 192) / 1e12}
     assert "text encoder" in (tmp_path / "table.md").read_text()
-    before = (tmp_path / slices.RESULTS).read_text()
-    assert command("--out", tmp_path, "--rows", "text")[2] == ""  # nothing is left to do
-    assert (tmp_path / slices.RESULTS).read_text() == before
+    assert slices.Results(tmp_path, "tiny").left(["text"]) == []
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from animecolor_jax.offload import Offloaded
 from animecolor_jax.pipeline import Pipeline
 from animecolor_jax.sampling import make_sampler
 
+FIRST_CALL = "more in the first call"
 ENCODERS = ("vae", "text_encoder", "image_encoder")
 
 
@@ -60,7 +61,7 @@ def _calls(size, keep, name, **options):
         seconds.append(time.perf_counter() - began)
     assert video.shape == sketch.shape
     lines = {name: seconds[1]} | {f"{name}: {stage}": took for stage, took in pipeline.seconds.items()}
-    lines[f"{name}: more in the first call"] = seconds[0] - seconds[1]
+    lines[f"{name}: {FIRST_CALL}"] = seconds[0] - seconds[1]
     shape = f"{size.text}, {size.steps} steps"
     return [benchmarks.compare(line, shape, [took], dtype=size.dtype) for line, took in lines.items()]
 
@@ -165,4 +166,4 @@ def _part(size, name, network, run, calls=1, **work):
     line["tflop"] = {kind: flop / 1e12 for kind, flop in work.items()}
     line["read_gb"] = sum(leaf.nbytes for leaf in jax.tree.leaves(network)) / 1e9
     more = [first - sum(ours) / len(ours)]
-    return [line, benchmarks.compare(f"{name}: more in the first call", size.text, more, dtype=size.dtype)]
+    return [line, benchmarks.compare(f"{name}: {FIRST_CALL}", size.text, more, dtype=size.dtype)]

@@ -140,7 +140,7 @@ def rows(size):
         "text": Row("text encoder", parts.text, 50),
         "image": Row("image encoder", parts.image, 40),
         "clip-step-cache": Row("seconds per clip, fewer steps of the blocks", parts.clip_step_cache, 120),
-        "clip-offloaded": Row("seconds per clip, networks offloaded", parts.clip_offloaded, 180),
+        "clip-offloaded": Row("seconds per clip, networks offloaded", parts.clip_offloaded, 240),
         "attention": Row("attention against PyTorch", attention, 60),
     }
     for shape in size.train:

@@ -12,6 +12,7 @@ from animecolor_jax.errors import InputError
 from animecolor_jax.replacing import replacing
 
 RESULTS = "results.json"
+LOGS = "rows"
 ANEW = "run the command again"
 
 
@@ -93,8 +94,8 @@ def in_a_process(folder, name, size, seconds):
     further the next time.
     """
     folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    result, log = folder / f"{name}.json", folder / f"{name}.log"
+    (folder / LOGS).mkdir(parents=True, exist_ok=True)
+    result, log = (folder / LOGS / f"{name}.{kind}" for kind in ("json", "log"))
     result.unlink(missing_ok=True)
     environment = os.environ | {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -119,4 +120,7 @@ def in_a_process(folder, name, size, seconds):
     if code == 0:
         return json.loads(result.read_text())
     lines = [line for line in log.read_text().splitlines() if line.strip()]
-    return {"state": "failed", "reason": f"{lines[-1].strip()[:300] if lines else 'no message'} ({log.name})"}
+    return {
+        "state": "failed",
+        "reason": f"{lines[-1].strip()[:300] if lines else 'no message'} ({log.relative_to(folder)})",
+    }

@@ -3,7 +3,9 @@
 import re
 
 from animecolor_jax import doctor
+from animecolor_jax.benchmarks import compare
 from animecolor_jax.benchmarks_train import STAGES
+from animecolor_jax.measuring.parts import FIRST_CALL
 
 # Parts of a clip and how often each is done; None: once a denoising step
 PARTS = {
@@ -15,7 +17,7 @@ TARGETS_FOR = "H200"
 # (regex of "NAME (SHAPE)", the target, whether a line meets it); the first full match
 TARGETS = (
     (r"clip, exact \(.*", "30 s", lambda line: line["ours"] <= 30),
-    (r"clip, blocks in \d+ of .*", "12 s at 35 dB", lambda line: line["ours"] <= 12),
+    (r"clip, blocks in \d+ of \d+ steps \(.*", "12 s at 35 dB", lambda line: line["ours"] <= 12),
     (rf"({'|'.join(PARTS)}) \(.*", "90 % of the bound", lambda line: near_bound(line)),
     (r"step of plain CogVideoX against diffusers, eager .*", "1.25", lambda line: line["ratio"] >= 1.25),
     (r"step of plain CogVideoX against diffusers, torch.compile .*", "1", lambda line: line["ratio"] >= 1),
@@ -73,7 +75,7 @@ def lines(held, size):
         held: {name: result} of `slices.Results`. size: Size.
     """
     found = [
-        line | {"where": row["where"]} | _peak(row, line)
+        line | {"where": row["where"]} | _of_process(row, line)
         for row in held.values()
         for line in row.get("lines", ())
     ]
@@ -93,33 +95,37 @@ def lines(held, size):
     return found
 
 
-def _peak(row, line):
-    """A row's peak memory; one that its first line stands for is not repeated."""
-    return {"peak_gib": row["peak_gib"] if line is row["lines"][0] else None}
+def _of_process(row, line):
+    """What is known of a row's process and not of each line: memory, where the first line is; programs, where
+    the first call is."""
+    facts = {"peak_gib": row["peak_gib"] if line is row["lines"][0] else None}
+    if line["name"].endswith(FIRST_CALL):
+        facts |= {"compiled": row["compiled"], "from_cache": row["from_cache"]}
+    return facts
 
 
 def _sum(found, size):
-    """A clip as the sum of its parts, where all were measured."""
-    by_name = {line["name"]: line for line in found}
-    if not by_name.keys() >= PARTS.keys():
+    """A clip as the sum of its parts, where all were measured on one kind of device."""
+    parts = {line["name"]: line for line in found if line["name"] in PARTS}
+    if len(parts) < len(PARTS) or len({line["where"]["device"] for line in parts.values()}) > 1:
         return []
     times = {name: count or size.steps for name, count in PARTS.items()}
-    bounds = [by_name[name]["bound"] for name in PARTS]
-    return [
-        by_name["denoising step"]
-        | {
-            "name": "clip, sum of its parts", "shape": f"{size.text}, {size.steps} steps", "peak_gib": None,
-            "ours": sum(times[name] * by_name[name]["ours"] for name in PARTS),
-            "bound": None if None in bounds else sum(map(lambda a, b: a * b, times.values(), bounds)),
-        }
-    ]  # fmt: skip
+    seconds, bounds = ([parts[name][key] for name in times] for key in ("ours", "bound"))
+
+    def total(values):
+        return sum(count * value for count, value in zip(times.values(), values, strict=True))
+
+    shape = f"{size.text}, {size.steps} steps"
+    line = compare("clip, sum of its parts", shape, [total(seconds)], dtype=size.dtype)
+    bound_of_all = None if None in bounds else total(bounds)
+    return [line | {"bound": bound_of_all, "peak_gib": None, "where": parts["denoising step"]["where"]}]
 
 
 def not_run(held, rows):
     """{text of a row: why there is nothing of it}."""
     reasons = {}
     for name, row in rows.items():
-        result = held.get(name, {"state": "not run", "reason": "not run"})
+        result = held.get(name, {"state": "left", "reason": "no slice has come to it yet"})
         if result["state"] != "done":
             reasons[row.text] = result["reason"]
     return reasons
@@ -128,7 +134,8 @@ def not_run(held, rows):
 def markdown(found, reasons):
     """The table as text."""
     rows = [_cells(line) for line in found]
-    rows += [[text, f"not run: {reason}", *[""] * (len(COLUMNS) - 2)] for text, reason in reasons.items()]
+    for text, reason in reasons.items():
+        rows.append([text, f"not run: {reason}".replace("|", "\\|"), *[""] * (len(COLUMNS) - 2)])
     head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     return "\n".join([EXPLAINED, *head, *("| " + " | ".join(row) + " |" for row in rows), ""])
 
@@ -137,14 +144,20 @@ def _cells(line):
     where = line["where"]
     versions = ", ".join(f"{name} {where[name] or 'none'}" for name in ("jax", "torch", "diffusers"))
 
-    def number(value, pattern="{:.4g}"):
+    def number(value, pattern):
         return "" if value is None else pattern.format(value)
 
-    mfu = f" (MFU {line['mfu']:.1%})" if line.get("mfu") else ""
+    more = ""
+    if line.get("mfu") is not None:
+        more = f" (MFU {line['mfu']:.1%})"
+    elif isinstance(line.get("tflop"), float):
+        more = f" ({line['tflop'] / line['ours']:.3g} TFLOP/s)"
+    elif "compiled" in line:
+        more = f" ({line['compiled']} programs compiled, {line['from_cache']} read back)"
     return [
         f"{line['name']} ({line['shape']})",
-        f"{line['ours']:.4g} {line['unit']}{mfu}",
-        number(line["theirs"]),
+        f"{line['ours']:.4g} {line['unit']}{more}",
+        number(line["theirs"], f"{{:.4g}} {line['unit']}"),
         number(line["ratio"], "{:.2f}"),
         number(line["share"], "{:.0%}"),
         number(line["peak_gib"], "{:.1f}"),
