@@ -23,12 +23,12 @@ import numpy as np  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
-from animecolor_jax.benchmarks import BANK_2B, CLIP_2B  # noqa: E402
-from animecolor_jax.compiling import hlo, targets  # noqa: E402
+from animecolor_jax import flops  # noqa: E402
+from animecolor_jax.compiling import hlo, programs, targets  # noqa: E402
 from animecolor_jax.config import preset  # noqa: E402
 from animecolor_jax.errors import InputError  # noqa: E402
 from animecolor_jax.models import attention, packed_attention  # noqa: E402
-from animecolor_jax.platforms import traced_for  # noqa: E402
+from animecolor_jax.platforms import GIB, traced_for  # noqa: E402
 
 # scores that a kernel makes in a block, of all heads in it
 BLOCKS = {
@@ -70,7 +70,8 @@ def compare(target, code):
     Returns:
         [{"backend", "temp_gib", "traffic_gib", "forward", "backward" (bundles for 2^20 scores)}].
     """
-    config = preset("animecolor-2b").denoiser
+    model = preset("animecolor-2b")
+    config, latents = model.denoiser, programs.Clip(49, 480, 720).latents(model.vae)
     mesh = jax.sharding.Mesh(np.array(target.devices[:1]), ("device",))
     one = NamedSharding(mesh, P())
 
@@ -78,8 +79,8 @@ def compare(target, code):
         shape = (1, count, config.num_heads, config.head_dim)
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
 
-    q = [tokens(config.text_length), tokens(CLIP_2B)]
-    k = [tokens(BANK_2B), *q]
+    q = [tokens(config.text_length), tokens(flops.tokens_of(config, latents))]
+    k = [tokens(flops.tokens_of(config, (1, *latents[1:]))), *q]
     found = []
     for backend, scores in BLOCKS.items():
 
@@ -94,8 +95,8 @@ def compare(target, code):
             for direction, names in KERNELS[backend].items()
         }
         found.append({
-            "backend": backend, "temp_gib": compiled.memory_analysis().temp_size_in_bytes / targets.GIB,
-            "traffic_gib": hlo.memory_traffic(hlo.instructions(compiled.as_text())) / targets.GIB, **bundles,
+            "backend": backend, "temp_gib": compiled.memory_analysis().temp_size_in_bytes / GIB,
+            "traffic_gib": hlo.memory_traffic(hlo.instructions(compiled.as_text())) / GIB, **bundles,
         })  # fmt: skip
     return found
 
