@@ -78,6 +78,7 @@ PROGRAM = """HloModule program
   %gather = ((bf16[4]{0}, bf16[2]{0}), (bf16[16]{0}, bf16[8]{0}), u32[], u32[]) all-gather-start(%a, %b), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
   %reduce = (f32[4]{0}, f32[2]{0}) all-reduce-start(%c, %d), channel_id=2, replica_groups={}, to_apply=%add
   %scatter = ((f32[16]{0}), f32[4]{0}) reduce-scatter-start(%e), channel_id=3, replica_groups={{0,1,2,3}}, calls=%inner
+  %sum = (f32[2,8]{1,0:T(8,128)}, u32[], token[]) recv(%after), channel_id=5, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
   %choice = f32[8]{0} conditional(%i, %x, %y), branch_computations={%left, %right}
 }
 
@@ -119,7 +120,9 @@ def test_what_only_starts_and_what_is_chosen_is_read():
     assert sent["reduce-scatter"] == ("reduce-scatter", 4 * 4, 4, 5, True)
     assert sent["reduce-scatter"].received == 5 * 3 * 16
     assert sent["collective-permute"] == ("collective-permute", 32, 2, 5, True)
-    assert len(sent) == 4
+    assert sent["between-slices"] == ("between-slices", 64, 2, 5, True)
+    assert sent["between-slices"].received == 5 * 64
+    assert len(sent) == 5
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,16 @@ import numpy as np
 
 from animecolor_jax.compiling.hlo import COLLECTIVES, sizes
 
+BETWEEN_SLICES = "between-slices"  # what a TPU's compiler hands to the hosts to exchange
+
 
 class Collective(NamedTuple):
     """One of a program's.
 
     Attributes:
-        kind: of `hlo.COLLECTIVES`. size: bytes of the result on a device. participants: how many devices
-        share it.
-        times: how often. crosses: whether devices of several slices or hosts take part.
+        kind: of `hlo.COLLECTIVES`, or BETWEEN_SLICES. size: bytes of the result on a device.
+        participants: how many devices share it. times: how often.
+        crosses: whether devices of several slices or hosts take part.
     """
 
     kind: str
@@ -28,7 +30,8 @@ class Collective(NamedTuple):
     def received(self):
         """Bytes that each device receives, all times together."""
         share = (self.participants - 1) / self.participants
-        factor = {"all-reduce": 2 * share, "reduce-scatter": self.participants - 1, "collective-permute": 1}
+        factor = {"all-reduce": 2 * share, "reduce-scatter": self.participants - 1}
+        factor |= dict.fromkeys(("collective-permute", BETWEEN_SLICES), 1)
         return self.size * factor.get(self.kind, share) * self.times
 
 
@@ -47,6 +50,12 @@ def read_collectives(found, devices, devices_per_slice):
             channel = re.search(r"channel_id=(\d+)", each.line) if each.fused else None
             key = (each.loop, kind, channel[1] if channel else each.name)
             collectives[key] = _collective(each, kind, devices, devices_per_slice)
+        elif kind == "recv" and "xla_megascale_runtime" in each.line:
+            key = (each.loop, kind, each.name)
+            slices = devices // devices_per_slice
+            collectives[key] = Collective(
+                BETWEEN_SLICES, result_size(each, kind), slices, each.times, True
+            )
     return list(collectives.values())
 
 
