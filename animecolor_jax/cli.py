@@ -110,6 +110,16 @@ def parse_size(text, where="--size"):
     return size
 
 
+def parse_share(args):
+    """(process, processes) of a tool's --process-id and --num-processes, checked."""
+    if not 0 <= args.process_id < args.num_processes:
+        raise InputError(
+            f"process {args.process_id} of {args.num_processes}", where="--process-id",
+            expected="from 0 to --num-processes - 1",
+        )  # fmt: skip
+    return args.process_id, args.num_processes
+
+
 def check_dtype(dtype):
     """Raises InputError unless `dtype` is None or a dtype that networks compute in."""
     if dtype not in (None, "float32", "bfloat16", "float16"):

@@ -299,10 +299,12 @@ def check_flags(args):
         if not getattr(args, name):
             expected, fix = _NEEDED[name]
             raise InputError("is missing", where=f"--{name}", expected=expected, fix=fix)
-    if args.devices > 1 and mode != "--jobs":
-        raise InputError(
-            f"{args.devices}", where="--devices", expected="1 without --jobs", fix="--mesh shares one clip"
-        )
+    for name in ("devices", "num_processes"):
+        if getattr(args, name) > 1 and mode != "--jobs":
+            raise InputError(
+                f"{getattr(args, name)}", where=f"--{name.replace('_', '-')}", expected="1 without --jobs",
+                fix="--mesh shares one clip",
+            )
     clashes = [(f"--{name}", mode) for name in refused if getattr(args, name)]
     clashes += [("--prompt", "--prompt-file")] if args.prompt and args.prompt_file is not None else []
     clashes += [("--size", "--strict-reference")] if args.size is not None and args.strict_reference else []

@@ -44,7 +44,8 @@ BASE = {"--sketch": "sketch.mkv", "--reference": "reference.png", "--weights": "
 OWN = {"steps": 3, "guidance": 1.0, "window": 9, "overlap": 4, "size": [32, 48]}
 FLAGS = """--sketch --reference --prompt --prompt-file --negative-prompt --weights --out --steps --guidance
     --seed --sampler --size --fps --invert --window --overlap --dtype --mesh --noise --comparison
-    --strict-reference --step-cache --offload --quantize --devices --jobs --demo --json"""
+    --strict-reference --step-cache --offload --quantize --devices --num-processes --process-id --jobs --demo
+    --json"""
 
 
 @pytest.fixture(scope="module")
@@ -586,6 +587,16 @@ def test_jobs_are_coloured_once_each_with_its_own_values(jobs, colored, folder, 
     assert (tmp_path / "a.mkv").stat().st_mtime_ns == written
 
 
+def test_processes_share_the_jobs_whatever_is_done(jobs, tmp_path):
+    text = "sketch,reference,out\n" + "".join(f"sketch.mkv,reference.png,{name}.mkv\n" for name in "abc")
+    outs = []
+    for process in (0, 1):
+        code, report, _ = jobs(text, **{"--num-processes": 2, "--process-id": process})
+        outs.append([clip["out"] for clip in report["clips"]])
+        assert code == 0 and report["skipped"] == []
+    assert outs == [["a.mkv", "c.mkv"], ["b.mkv"]]
+
+
 def test_jobs_on_several_devices_are_those_of_one(jobs, colored, folder, monkeypatch, tmp_path):
     rows = "".join(f"sketch.mkv,reference.png,{name}.mkv,{seed}\n" for seed, name in enumerate("abcd"))
     with monkeypatch.context() as patch:
@@ -593,6 +604,9 @@ def test_jobs_on_several_devices_are_those_of_one(jobs, colored, folder, monkeyp
         code, report, _ = jobs(f"sketch,reference,out,seed\n{rows}", **{"--devices": 2})
     assert code == 1 and list(report["failed"]) == ["d.mkv"]
     assert sorted(clip["out"] for clip in report["clips"]) == ["a.mkv", "b.mkv", "c.mkv"]
+    code, report, _ = jobs(f"sketch,reference,out,seed\n{rows}", **{"--devices": 2})  # what is left
+    assert code == 0 and report["skipped"] == ["a.mkv", "b.mkv", "c.mkv"]
+    assert [clip["out"] for clip in report["clips"]] == ["d.mkv"]
     for seed, name in enumerate("abc"):
         wanted = colored(sketch="sketch.mkv", seed=seed, weights=folder / "weights")
         np.testing.assert_array_equal(media.read_video(tmp_path / f"{name}.mkv").frames, wanted)
@@ -602,6 +616,8 @@ def test_jobs_on_several_devices_are_those_of_one(jobs, colored, folder, monkeyp
     ("flags", "where"),
     [
         ({"--devices": 2}, "--devices"),
+        ({"--num-processes": 2}, "--num-processes"),
+        ({"--jobs": "jobs.csv", "--num-processes": 2, "--process-id": 2}, "--process-id"),
         ({"--jobs": "jobs.csv", "--devices": 99}, "--devices"),
         ({"--jobs": "jobs.csv", "--devices": 2, "--mesh": "context=2"}, "--devices"),
         ({"--step-cache": -1}, "--step-cache"),

@@ -71,6 +71,10 @@ class Arguments:
     faster. Needs qwix (the extra "quantize")."""
     devices: int = 1
     """With --jobs: so many devices colour a clip each, at the same time."""
+    num_processes: int = 1
+    """With --jobs: so many processes, of this computer or others, share the clips."""
+    process_id: int = 0
+    """Which of them this is, from 0."""
     noise: Path | None = None
     """safetensors with ref_noise and init_latents of a run of the reference implementation."""
     strict_reference: bool = False
@@ -87,6 +91,7 @@ class Arguments:
 def run(args):
     """Colours one clip, the demo, or the clips of a CSV file."""
     check_flags(args)
+    process, processes = cli.parse_share(args)
     cli.check_dtype(args.dtype)
     values = {field.name: getattr(args, field.name) for field in fields(Job)}
     values["size"] = None if args.size is None else cli.parse_size(args.size)
@@ -97,7 +102,8 @@ def run(args):
     if args.demo:
         job, report = run_demo(values, colorizer)
     elif args.jobs is not None:
-        report = colorizer.run_all(read_jobs(args.jobs, values))
+        jobs = read_jobs(args.jobs, values)
+        report = colorizer.run_all(dict(list(jobs.items())[process::processes]))
         return {**report, "weights": weights}, not report["failed"]
     else:
         job = Job(**values)

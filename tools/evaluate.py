@@ -108,14 +108,10 @@ def run(args):
 
 def _share(args):
     """(process, processes), checked."""
-    if not 0 <= args.process_id < args.num_processes:
-        raise InputError(
-            f"process {args.process_id} of {args.num_processes}", where="--process-id",
-            expected="from 0 to --num-processes - 1",
-        )  # fmt: skip
+    share = cli.parse_share(args)
     if args.num_processes > 1 and args.out is None:
         raise InputError("is missing", where="--out", expected="a folder that all processes share")
-    return args.process_id, args.num_processes
+    return share
 
 
 def _clips(args, protocol, share):
