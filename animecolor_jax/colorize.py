@@ -54,8 +54,8 @@ class Job:
 
     def completed(self, inference):
         """The job with every number that is None taken from `inference`, the weights' own."""
-        missing = [name for name in ("steps", "guidance", "window", "overlap") if getattr(self, name) is None]
-        return replace(self, **{name: getattr(inference, name) for name in missing})
+        names = ("steps", "guidance", "window", "overlap")
+        return replace(self, **inference.filled(**{name: getattr(self, name) for name in names}))
 
     def options(self):
         """What `make_plan` and `Pipeline` are called with, beside arrays."""

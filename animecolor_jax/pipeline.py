@@ -236,11 +236,9 @@ class Pipeline:
         denoise.check_step_cache(step_cache, sampler)
         references = reference if isinstance(reference, list | tuple) else [reference]
         key = jax.random.key(43) if key is None else key
-        best = self.inference
-        num_steps = best.steps if num_steps is None else num_steps
-        guidance_scale = best.guidance if guidance_scale is None else guidance_scale
-        window = best.window if window is None else window
-        overlap = best.overlap if overlap is None else overlap
+        num_steps, guidance_scale, window, overlap = self.inference.filled(
+            steps=num_steps, guidance=guidance_scale, window=window, overlap=overlap
+        ).values()
         plan = make_plan(
             self.config, self.tokenizer, sketch, references, prompt=prompt, negative_prompt=negative_prompt,
             num_steps=num_steps, guidance_scale=guidance_scale, sampler=sampler, noise=noise, window=window,

@@ -76,6 +76,10 @@ class Inference:
             where = f"inference.{error.where.removeprefix('--')}"
             raise InputError(error.what, where=where, expected=error.expected) from error
 
+    def filled(self, **given):
+        """{name: value}: each of `given`, or our own where that is None."""
+        return {name: getattr(self, name) if value is None else value for name, value in given.items()}
+
     @classmethod
     def from_dict(cls, values, where):
         """From the JSON of `where`; what it leaves out is as above. InputError for other fields."""

@@ -1,6 +1,7 @@
 """tools/evaluate.py --weights: a dataset's clips are coloured and scored from memory."""
 
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -99,6 +100,26 @@ def test_processes_share_the_clips_and_each_can_show_all(folder):
     for part in parts:
         shown = part.read_clip("target", "test-00000")
         assert shown.dtype == np.uint8 and shown.shape == (9, 16, 24, 3)
+
+
+def test_numbers_that_are_not_given_are_those_of_the_weights(folder, tmp_path):
+    weights = shutil.copytree(folder / "weights", tmp_path / "weights")
+    values = json.loads((weights / "config.json").read_text())
+    values["inference"] = {"steps": 3, "guidance": 1.0, "window": 9, "overlap": 4}
+    (weights / "config.json").write_text(json.dumps(values))
+
+    def opened(directory, **numbers):
+        return Colored(directory, folder / "data", "w", ColorConfig(**numbers), PROTOCOL, None)
+
+    def numbers(data):
+        return data.config.steps, data.config.guidance
+
+    assert numbers(opened(weights)) == (3, 1.0) and numbers(opened(weights, guidance=2.0)) == (3, 2.0)
+    assert numbers(opened(folder / "weights")) == (50, 6.0)
+    before = opened(weights).settings
+    values["inference"]["window"] = 17
+    (weights / "config.json").write_text(json.dumps(values))
+    assert opened(weights).settings != before  # other windows, other pixels
 
 
 def test_weights_are_called_as_their_folder_or_their_run(tmp_path):

@@ -31,8 +31,10 @@ class ColorConfig:
         InputError: a number out of its range.
     """
 
-    steps: int = 50
-    guidance: float = 6.0
+    steps: int | None = None
+    """Default: what the weights name, else 50."""
+    guidance: float | None = None
+    """Default: what the weights name, else 6."""
     sampler: str = "ddim"
     seed: int = 43
     """The same for every clip."""
@@ -48,7 +50,7 @@ class ColorConfig:
     def __post_init__(self):
         for name, least in (("steps", 1), ("stride", 1), ("clips", 0)):
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise InputError(f"{value}", where=f"--color.{name}", expected=f"{least} or more")
 
 
@@ -77,7 +79,7 @@ class Colored:
         Raises:
             InputError: a network is missing, or the dataset has no clips in the split.
         """
-        self.config, self.protocol, self.methods = config, protocol, [check_method(method)]
+        self.protocol, self.methods = protocol, [check_method(method)]
         if protocol.mask:
             raise InputError(
                 f"protocol {protocol.name} needs masks, which datasets do not have", where="--protocol",
@@ -85,6 +87,8 @@ class Colored:
             )  # fmt: skip
         self.weights = Weights(weights)
         self.weights.require(*CONFIG_CLASSES)
+        best = self.weights.inference
+        self.config = replace(config, **best.filled(steps=config.steps, guidance=config.guidance))
         from data_pipeline import records  # TFDS, which the scoring of files does not need
 
         self._clips = records.open_clips(str(data))
@@ -112,7 +116,8 @@ class Colored:
         """What all scores depend on: weights, data and numbers."""
         files = sorted(self.weights.directory.glob("*.safetensors"))
         stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        return [stamps, self._clips.info["digest"], asdict(self.config)]
+        windows = self.weights.inference.window, self.weights.inference.overlap
+        return [stamps, self._clips.info["digest"], asdict(self.config), windows]
 
     @property
     def facts(self):
