@@ -13,7 +13,7 @@ import numpy as np
 
 from animecolor_jax import flops
 from animecolor_jax.models.attention import attention
-from animecolor_jax.platforms import GIB
+from animecolor_jax.platforms import GIB, device_memory
 from animecolor_jax.train import memory, stages
 from animecolor_jax.train.config import TrainConfig
 from data_pipeline.dataset import DataConfig
@@ -34,7 +34,7 @@ MEASURE_SECONDS = 1.0
 def environment():
     """Versions and devices."""
     devices = jax.devices()
-    limit = memory.device_memory(jax.local_devices()[0])
+    limit = device_memory(jax.local_devices()[0])
     return {
         "python": platform.python_version(), "jax": jax.__version__, "platform": jax.default_backend(),
         "device": devices[0].device_kind, "devices": len(devices),

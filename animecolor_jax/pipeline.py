@@ -20,6 +20,7 @@ from animecolor_jax.loading import to_host
 from animecolor_jax.models.animecolor import AnimeColor
 from animecolor_jax.models.vae import decode_slices, encode_slices
 from animecolor_jax.offload import Offloaded, copy_to, is_needed, on_devices, structure
+from animecolor_jax.platforms import device_memory
 from animecolor_jax.sampling import dynamic_guidance_scale, init_state, make_sampler
 from animecolor_jax.tokenizer import Tokenizer
 from animecolor_jax.weights import Inference, Weights
@@ -167,7 +168,8 @@ class Pipeline:
         weights.require(*CONFIG_CLASSES)
         tokenizer = Tokenizer.load(weights.directory / "tokenizer")
 
-        limit = _memory_limit(mesh)
+        device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
+        limit = None if device.platform == "cpu" else device_memory(device)  # else the host's itself
         taken = 0 if limit is None else weights.bytes_on_device(dtype, mesh, quantize)
         offloads = is_needed(offload, taken, limit, jax.process_count() > 1)
         keep = Offloaded if offloads else lambda network: network
@@ -351,12 +353,6 @@ class Pipeline:
                 if bar is not None:
                     bar.update()
         return np.concatenate(video)
-
-
-def _memory_limit(mesh):
-    """Bytes of a device's memory; None for CPUs, where the host's is the same."""
-    device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
-    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
 
 def use_compilation_cache():

@@ -1,7 +1,8 @@
-"""The kind of device that programs are traced for, on which some choices of code depend."""
+"""The kind of device that programs are traced for, on which some choices of code depend; its memory."""
 
 import contextlib
 import contextvars
+import os
 
 import jax
 
@@ -32,3 +33,10 @@ def traced_for(platform, device_kind):
     finally:
         _chosen.reset(token)
         jax.clear_caches()
+
+
+def device_memory(device):
+    """Bytes that programs may have of a device, None if unknown; of a CPU its share of the machine's."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count("cpu")
+    return (device.memory_stats() or {}).get("bytes_limit")

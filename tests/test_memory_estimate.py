@@ -12,6 +12,7 @@ from whole_network_stages import STAGES
 from animecolor_jax import sharding
 from animecolor_jax.config import preset
 from animecolor_jax.errors import InputError
+from animecolor_jax.platforms import device_memory
 from animecolor_jax.train import memory, state
 from animecolor_jax.train.config import ComputeConfig, OptimizerConfig, TrainConfig
 from animecolor_jax.train.optimizer import make_optimizer
@@ -140,7 +141,7 @@ def test_a_bucket_that_does_not_fit_is_refused_by_name():
 
 def test_a_cpu_device_has_its_share_of_the_machine():
     device = jax.devices("cpu")[0]
-    share = memory.device_memory(device)
+    share = device_memory(device)
     with open("/proc/meminfo") as file:
         kibibytes = next(int(line.split()[1]) for line in file if line.startswith("MemTotal"))
     assert share == pytest.approx(1024 * kibibytes / jax.local_device_count(), rel=0.01)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from animecolor_jax import cli, doctor
 from animecolor_jax.compiling.programs import Clip
 from animecolor_jax.config import preset
-from animecolor_jax.train import memory
+from animecolor_jax.platforms import device_memory
 
 
 @dataclass
@@ -48,7 +48,7 @@ def run(args):
         bar.update()
         found = doctor.rates(model.denoiser, latents, args.dtype)
         bar.update()
-        limit = memory.device_memory(jax.local_devices()[0])
+        limit = device_memory(jax.local_devices()[0])
         stages = doctor.training(model, latents, found, about["devices"], limit)
         bar.update()
         if args.data is not None:

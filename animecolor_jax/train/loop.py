@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from animecolor_jax import flops, loading, sharding
 from animecolor_jax.metrics.image import psnr
 from animecolor_jax.pipeline import NonFiniteError, use_compilation_cache
-from animecolor_jax.platforms import GIB
+from animecolor_jax.platforms import GIB, device_memory
 from animecolor_jax.train import inputs, memory, peers, run_directory, state
 from animecolor_jax.train.checkpoints import Checkpoints, read_params
 from animecolor_jax.train.export import export_weights
@@ -117,7 +117,7 @@ class Trainer:
         config, self.profile_steps = self.config, profile_steps
         memory.check(
             config, self.sources.model_config, self.clips.buckets(config.data.split), dict(self.mesh.shape),
-            config.compute.memory_gib * GIB or memory.device_memory(self.mesh.local_devices[0]),
+            config.compute.memory_gib * GIB or device_memory(self.mesh.local_devices[0]),
             self.inputs.on_the_fly,
         )  # fmt: skip
         run_directory.open_run(self.out, self.description, leader=self.leader)

@@ -6,9 +6,7 @@ remat policy, and those that exist at one time within the blocks that it is work
 """
 
 import math
-import os
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
@@ -225,10 +223,3 @@ def check(config, model_config, buckets, mesh_sizes, limit_bytes, on_the_fly=())
         expected=f"at most the device's {limit_bytes / GIB:.1f} GiB",
         fix=f"one of: more {'; '.join(fixes)}; smaller buckets or batch",
     )
-
-
-def device_memory(device):
-    """Bytes that programs may have of a device, None if unknown; of a CPU its share of the machine's."""
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count("cpu")
-    return (device.memory_stats() or {}).get("bytes_limit")
