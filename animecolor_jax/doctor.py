@@ -1,4 +1,5 @@
-"""What tools/doctor.py looks at: whether these devices compute right, how fast, and what that means.
+"""What tools/doctor.py looks at beside whether these devices compute right (`parity.devices`): how fast they
+are, and what all of it means.
 
 Rates are of products and attention alone, so times that follow from them are bounds that no step beats.
 """
@@ -9,7 +10,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from animecolor_jax import flops
 from animecolor_jax.models.attention import attention
@@ -20,13 +20,6 @@ from data_pipeline.dataset import DataConfig
 
 STAGES = {stages.SKETCH: 50_000, stages.HCE: 25_000, stages.LCG: 30_000, stages.JOINT: 50_000}  # the paper's
 PAPER_BATCH = 16
-# relative root mean square of the error against float64, by dtype; about twice what rounding makes it
-LIMITS = {"float32": 5e-6, "bfloat16": 1.2e-2, "float16": 1.5e-3}
-OWN = {  # backends that one kind of device has, and their dtypes
-    "cpu": {},
-    "gpu": {"cudnn": ("bfloat16", "float16")},
-    "tpu": {"splash": ("float32", "bfloat16")},
-}
 CPU_TOKENS = 2048
 MEASURE_SECONDS = 1.0
 
@@ -40,62 +33,6 @@ def environment():
         "device": devices[0].device_kind, "devices": len(devices),
         "memory_gib": limit and limit / GIB,
     }  # fmt: skip
-
-
-# ---------------------------------------------------------------- parity
-
-
-def parity():
-    """Error of every attention backend that these devices have, in every dtype, forward and backward.
-
-    Returns:
-        [{"backend", "dtype", "error" (of result and gradients, the largest; None where this device does not
-        have it), "limit", "passed"}].
-    """
-    rng = np.random.default_rng(0)
-    q, k, v, cotangent = (rng.standard_normal((1, n, 2, 64)) for n in (300, 333, 333, 300))
-    expected, found = _reference(q, k, v, cotangent), []
-    anywhere = dict.fromkeys(("chunked", "xla"), ("float32", "bfloat16"))
-    for backend, dtypes in (anywhere | OWN[jax.default_backend()]).items():
-        for dtype in dtypes:
-            arrays = [jnp.asarray(x, dtype) for x in (q, k, v, cotangent)]
-            limit, error = LIMITS[dtype], None
-            try:
-                with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-                    outputs = _attend(*arrays, backend)
-                error = max(_relative_rms(*pair) for pair in zip(outputs, expected, strict=True))
-            except (RuntimeError, ValueError, NotImplementedError):
-                pass  # older GPUs have no cuDNN attention
-            passed = error is not None and bool(error <= limit)
-            facts = {"backend": backend, "dtype": dtype, "error": error, "limit": limit, "passed": passed}
-            found.append(facts)
-    return found
-
-
-def _attend(q, k, v, cotangent, backend):
-    def run(q, k, v, cotangent):
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, backend), q, k, v)
-        return out, *pull(cotangent)
-
-    return jax.jit(run)(q, k, v, cotangent)
-
-
-def _reference(q, k, v, cotangent):
-    """Attention and its gradients in float64, [B, S, N, H] each."""
-    q, k, v, cotangent = (x.swapaxes(1, 2) for x in (q, k, v, cotangent))  # [B, N, S, H]
-    scale = q.shape[-1] ** -0.5
-    scores = scale * q @ k.swapaxes(2, 3)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    of_weights = cotangent @ v.swapaxes(2, 3)
-    of_scores = scale * weights * (of_weights - (of_weights * weights).sum(-1, keepdims=True))
-    found = weights @ v, of_scores @ k, of_scores.swapaxes(2, 3) @ q, weights.swapaxes(2, 3) @ cotangent
-    return [x.swapaxes(1, 2) for x in found]
-
-
-def _relative_rms(ours, theirs):
-    error = np.asarray(ours, np.float64) - theirs
-    return float(np.sqrt(np.square(error).mean() / np.square(theirs).mean()))
 
 
 # ---------------------------------------------------------------- rates
@@ -215,16 +152,26 @@ def loading(path, needed, seconds=10.0, batch_size=4):
     return {"clips_per_second": rate, "needed": needed}
 
 
+def named(check):
+    """What a check of `parity.devices` is of, in words."""
+    backend = "" if check["backend"] == "auto" else f"attention {check['backend']}"
+    return f"{' with '.join(filter(None, (check.get('network'), backend)))} in {check['dtype']}"
+
+
 def advice(about, checks, found, stages_found, loader=None):
     """What to change, in sentences; none where all is well."""
     said = []
     for check in checks:
-        if check["error"] is None:
-            said.append(f"no attention {check['backend']} in {check['dtype']} here: it is slow without")
+        name = named(check)
+        if check["passed"] is None:
+            said.append(f"no {name} here: it is slow without")
+        elif "why" in check:
+            said.append(f"{name} does not run: {check['why']}")
         elif not check["passed"]:
+            wrong = "not finite" if check["error"] is None else f"wrong by {check['error']:.1e}"
             said.append(
-                f"attention {check['backend']} in {check['dtype']} is wrong by {check['error']:.1e} (at most "
-                f"{check['limit']:.0e}): choose another with --compute.attention, and report it"
+                f"{name} is {wrong} (at most {check['limit']:.0e}): update the driver and JAX, choose "
+                "another dtype or backend (--compute.dtype, --compute.attention), and report it"
             )
     if about["platform"] == "cpu":
         said.append("no GPU or TPU is seen: the bundled model and the tiny stages run here, the 2B does not")
@@ -247,4 +194,3 @@ def advice(about, checks, found, stages_found, loader=None):
             "precompute (tools/prepare_data.py --precompute) or add data.load workers"
         )
     return said
-

@@ -1,13 +1,49 @@
-"""Every test runs on a CPU that pretends to be 8 devices, with exact float32 matrix products."""
+"""Every test runs on a CPU that pretends to be 8 devices, with exact float32 matrix products.
+
+With `-m gpu` or `-m tpu` those that take the fixture `device` run on that device instead, as JAX finds it;
+where there is none they fail.
+"""
 
 import os
+import re
+
+import pytest
 
 # Little machine-code optimisation: the tests compile far longer than they compute.
 FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
-if "ANIMECOLOR_TEST_PLATFORM" not in os.environ:  # -m gpu and -m tpu set it
+
+
+def accelerators(config):
+    """Those of "gpu" and "tpu" that `-m` asks for."""
+    return [kind for kind in ("gpu", "tpu") if re.search(rf"(?<!not ){kind}\b", config.option.markexpr)]
+
+
+def pytest_configure(config):
+    """Chooses the devices, before anything imports JAX."""
+    if accelerators(config):
+        return
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
     os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
 
-import jax  # noqa: E402
+    jax.config.update("jax_default_matmul_precision", "float32")
 
-jax.config.update("jax_default_matmul_precision", "float32")
+
+def pytest_generate_tests(metafunc):
+    """Runs what takes `device` on those that `-m` asks for, else on the CPU."""
+    if "device" in metafunc.fixturenames:
+        asked = accelerators(metafunc.config)
+        kinds = [pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in asked] or ["cpu"]
+        metafunc.parametrize("device", kinds, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Kind of the devices that JAX computes on: "cpu", "gpu" or "tpu"."""
+    import jax
+
+    kind = request.param
+    if jax.default_backend() != kind:
+        settings = {name: os.environ.get(name) for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES")}
+        pytest.fail(f"no {kind.upper()} is seen by JAX, only {jax.devices()}; environment: {settings}")
+    return kind

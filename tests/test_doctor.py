@@ -1,21 +1,22 @@
 """The look at a computer: what is wrong is found, what is right is not complained about."""
 
-import json
-import subprocess
-import sys
+from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_parity import changed_copy
 
 from animecolor_jax import doctor
 from animecolor_jax.config import preset
 from animecolor_jax.models import attention
+from animecolor_jax.parity import devices
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def test_attention_here_is_right_and_its_reference_too():
-    checks = doctor.parity()
+    checks = devices.attention_errors()
     assert {check["backend"] for check in checks} == {"chunked", "xla"}
     assert all(check["passed"] and check["error"] > 0 for check in checks)
 
@@ -23,16 +24,57 @@ def test_attention_here_is_right_and_its_reference_too():
 def test_wrong_attention_is_found(monkeypatch):
     wrong = lambda q, k, v: attention.chunked_attention(q, k * 1.01, v)  # noqa: E731
     monkeypatch.setitem(attention._ATTEND, "chunked", wrong)
-    checks = {(check["backend"], check["dtype"]): check["passed"] for check in doctor.parity()}
+    checks = {(check["backend"], check["dtype"]): check["passed"] for check in devices.attention_errors()}
     assert not checks["chunked", "float32"] and checks["xla", "float32"]
 
 
 def test_gradients_of_the_reference_are_those_of_jax():
     arrays = np.random.default_rng(1).standard_normal((4, 1, 5, 2, 3))
-    ours = doctor._reference(*arrays)
-    theirs = doctor._attend(*(jnp.asarray(x, jnp.float32) for x in arrays), "xla")
+    ours = devices._reference(*arrays)
+    theirs = devices._attend(*(jnp.asarray(x, jnp.float32) for x in arrays), "xla")
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def to_tf32(x):
+    """Float32 rounded to the 10 bits behind the point that a TF32 product reads."""
+    bits = x.view(np.uint32) + np.uint32(0x1000)
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def test_networks_in_less_than_float32_are_found(tmp_path):
+    """Weights rounded to TF32; a device that computes in TF32 rounds both sides of every product."""
+
+    def rounded(tensors):
+        for name, value in tensors.items():
+            if name.startswith("weights/") and value.dtype == np.float32:
+                tensors[name] = to_tf32(value)
+
+    changed_copy(FIXTURES / "t5.safetensors", tmp_path, rounded)
+    right, wrong = (devices.network_errors(folder, [], ["text encoder"]) for folder in (FIXTURES, tmp_path))
+    assert [each["dtype"] for each in right] == ["float32", "bfloat16"]
+    assert all(each["passed"] and 0 < each["error"] < each["limit"] for each in right)
+    assert not wrong[0]["passed"] and wrong[0]["limit"] < wrong[0]["error"] < 0.01
+
+
+def test_networks_that_give_no_numbers_or_do_not_run_are_named(tmp_path, monkeypatch):
+    def broken(tensors):
+        tensors["weights/encoder.final_layer_norm.weight"] *= np.float32("nan")
+
+    changed_copy(FIXTURES / "t5.safetensors", tmp_path, broken)
+    found = devices.network_errors(tmp_path, [], ["text encoder"])
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("no such kernel\nhere")
+
+    monkeypatch.setattr(devices, "check_fixture", refuse)
+    found += devices.network_errors(FIXTURES, [], ["text encoder"])
+    assert all(each["passed"] is False and each["error"] is None for each in found)
+    about = {"platform": "gpu", "devices": 1}
+    said = doctor.advice(about, found, RATES, {})
+    wanted = ("float32 is not finite", "bfloat16 is not finite", *["does not run: no such kernel"] * 2)
+    for words, sentence in zip(wanted, said, strict=True):
+        assert words in sentence and "text encoder" in sentence
 
 
 RATES = {
@@ -74,14 +116,3 @@ def test_rates_are_of_what_is_computed(monkeypatch):
     assert len(calls) == 2  # one to compile
     found = doctor.rates(preset("tiny").denoiser, (3, 8, 12), "float32")
     assert all(value is None or value > 0 for value in found.values()) and found["peak_tflops"] is None
-
-
-@pytest.mark.slow
-def test_the_tool_reports_and_its_json_is_whole():
-    command = [sys.executable, "tools/doctor.py", "--preset", "tiny", "--size", "64x96", "--frames", "9"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["passed"] and report["platform"] == "cpu" and report["devices"] == jax.device_count()
-    assert set(report["training"]) == {"stage1_sketch", "stage2_hce", "stage3_lcg", "stage4_joint"}
-    assert any("no GPU" in sentence for sentence in report["advice"])

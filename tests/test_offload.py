@@ -26,13 +26,14 @@ def held():
     return sum(array.nbytes for array in jax.live_arrays())
 
 
-def color(pipeline):
-    rng = np.random.default_rng(0)
-    sketch = np.repeat(rng.integers(0, 256, (5, 32, 48, 1), np.uint8), 3, axis=-1)
-    return pipeline(sketch, rng.integers(0, 256, (32, 48, 3), np.uint8), prompt="a cat", num_steps=2)
+def color(pipeline, prompt="a cat", reference=0):
+    sketch = np.repeat(np.random.default_rng(0).integers(0, 256, (5, 32, 48, 1), np.uint8), 3, axis=-1)
+    reference = np.random.default_rng([1, reference]).integers(0, 256, (32, 48, 3), np.uint8)
+    return pipeline(sketch, reference, prompt=prompt, num_steps=2)
 
 
-def test_a_clip_is_the_same_with_one_network_at_a_time_on_the_device(weights, monkeypatch):
+def test_a_clip_is_the_same_with_one_network_at_a_time_on_the_device(weights, monkeypatch, device):
+    levels = 0 if device == "cpu" else 1  # of grey: a GPU's compiler may choose kernels for each program
     expected = color(Pipeline.load(weights.directory, offload="no"))
     gc.collect()
     before, seen, denoise_step = held(), {}, denoise.denoise_step
@@ -50,9 +51,9 @@ def test_a_clip_is_the_same_with_one_network_at_a_time_on_the_device(weights, mo
 
     for name in ("encode_text", "encode_image", "denoise_step"):
         watched(name)
-    np.testing.assert_array_equal(color(pipeline), expected)
+    np.testing.assert_allclose(color(pipeline), expected, rtol=0, atol=levels)
     compiled = denoise_step._cache_size()
-    np.testing.assert_array_equal(color(pipeline), expected)
+    np.testing.assert_allclose(color(pipeline), expected, rtol=0, atol=levels)
     assert denoise_step._cache_size() == compiled  # nothing is compiled for the second clip
     everything = weights.bytes_on_device()
     assert max(seen["encode_text"], seen["encode_image"]) < everything / 2

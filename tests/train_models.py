@@ -14,7 +14,6 @@ from animecolor_jax.train.command import override, read_config
 from animecolor_jax.train.export import export_weights
 from animecolor_jax.train.optimizer import make_optimizer
 from animecolor_jax.train.parts import Parts
-from animecolor_jax.train.sources import RUN_FILE, WEIGHTS, Sources
 from animecolor_jax.train.step import Objective
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("stage[1-4]_*.py"))
@@ -94,6 +93,8 @@ def random_state(parts, config, seed=0):
 
 def write_run(folder, init, config, seed=0, step=7):
     """A run as it would end, with random parameters; returns {name: array} of what was trained."""
+    from animecolor_jax.train.sources import RUN_FILE, WEIGHTS, Sources  # fsspec, an extra
+
     sources = Sources(init, config.stage)
     parts = Parts(config, sources.model_config)
     trained, _ = random_parameters(parts, config, seed)

@@ -13,14 +13,17 @@ from tqdm import tqdm
 from animecolor_jax import cli, doctor
 from animecolor_jax.compiling.programs import Clip
 from animecolor_jax.config import preset
+from animecolor_jax.parity import devices
 from animecolor_jax.platforms import device_memory
+
+FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
 
 
 @dataclass
 class Arguments:
-    """Check these devices in a few minutes: attention against float64, rates of products, attention and
-    memory, what each stage takes, how long the paper's iterations last at least, and what to change. Exit
-    code 1: a result is wrong."""
+    """Check these devices in a few minutes: attention against float64, small networks against PyTorch's
+    outputs, rates of products, attention and memory, what each stage takes, how long the paper's iterations
+    last at least, and what to change. Exit code 1: a result is wrong."""
 
     preset: str = "animecolor-2b"
     """The architecture that is to be trained."""
@@ -43,8 +46,10 @@ def run(args):
     latents = Clip(args.frames, *cli.parse_size(args.size)).latents(model.vae)
     about = doctor.environment()
     loader, steps = None, 4 if args.data is None else 5
-    with tqdm(total=steps - 1, desc="doctor", disable=None) as bar:
-        checks = doctor.parity()
+    with tqdm(total=steps, desc="doctor", disable=None) as bar:
+        checks = devices.attention_errors()
+        bar.update()
+        networks = devices.network_errors(FIXTURES, checks)
         bar.update()
         found = doctor.rates(model.denoiser, latents, args.dtype)
         bar.update()
@@ -55,10 +60,11 @@ def run(args):
             quickest = min(stage["seconds_per_step"] for stage in stages.values())
             loader = doctor.loading(args.data, doctor.PAPER_BATCH / quickest)
             bar.update()
-    said = doctor.advice(about, checks, found, stages, loader)
-    passed = all(check["passed"] for check in checks if check["error"] is not None)
-    show(about, checks, found, stages, loader, said)
-    report = {"parity": checks, "rates": found, "training": stages, "loader": loader, "advice": said}
+    said = doctor.advice(about, checks + networks, found, stages, loader)
+    passed = all(check["passed"] is not False for check in checks + networks)
+    show(about, checks + networks, found, stages, loader, said)
+    report = {"parity": checks, "networks": networks, "rates": found, "training": stages, "loader": loader}
+    report["advice"] = said
     return {**about, **report, "passed": passed}, passed
 
 
@@ -67,10 +73,9 @@ def show(about, checks, found, stages, loader, said):
     size = "memory unknown" if about["memory_gib"] is None else f"{about['memory_gib']:.1f} GiB each"
     print(f"{about['devices']} x {about['device']} ({size}), JAX {about['jax']}, Python {about['python']}")
     for check in checks:
-        result = "not available"
-        if check["error"] is not None:
-            result = f"error {check['error']:.1e}, {'ok' if check['passed'] else 'WRONG'}"
-        print(f"attention {check['backend']} {check['dtype']}: {result}")
+        error = "none" if check["error"] is None else f"{check['error']:.1e}"
+        result = {None: "not available", True: f"error {error}, ok", False: f"error {error}, WRONG"}
+        print(f"{doctor.named(check)}: {result[check['passed']]}")
     peak = "" if found["peak_tflops"] is None else f" of {found['peak_tflops']:.0f} by data sheet"
     print(
         f"TFLOP/s at {found['tokens']} tokens: products {found['matmul_tflops']:.3g}{peak}, attention "

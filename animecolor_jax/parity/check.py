@@ -64,22 +64,26 @@ class Result:
         return bool(self.errors) and self.worst[0] <= 1
 
 
-def check_fixture(path, *, dtype="float32", attention="auto", tolerance=None, weights=None):
+def check_fixture(path, *, dtype="float32", attention="auto", tolerance=None, weights=None, case=None):
     """Runs our code on a fixture's inputs and compares every output.
 
     Args:
         path: FIXTURE.safetensors, its JSON beside it.
         dtype: float32, or bfloat16 against the reference's own bfloat16 error.
         attention: backend. tolerance: in place of the fixture's. weights: directory, for recordings.
+        case: the only one to compute; default: all.
 
     Raises:
         InputError: the fixture is damaged, or its kind is unknown.
     """
     tensors, meta = _read(Path(path))
     kind, config = meta["kind"], meta["config"]
+    prefix = "outputs/" if case is None else f"outputs/{case}/"
     wanted = {
-        name.removeprefix("outputs/"): value for name, value in tensors.items() if name.startswith("outputs/")
+        name.removeprefix("outputs/"): value for name, value in tensors.items() if name.startswith(prefix)
     }
+    if case is not None:
+        config = config | {"cases": {case: config["cases"][case]}}
     result = Result(meta.get("name", Path(path).stem))
     half = dtype != "float32"
     measures = {
