@@ -145,7 +145,7 @@ class Pipeline:
         self.model, self.vae, self.inference = model, vae, inference or Inference()
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
         self.tokenizer, self.scheduler, self.mesh = tokenizer, scheduler, mesh
-        self.seconds = {}
+        self.seconds, self._last = {}, {}
 
     @classmethod
     def load(cls, directory, *, dtype=None, mesh=None, attention="auto", offload="auto", quantize=None):
@@ -251,11 +251,9 @@ class Pipeline:
         stage = partial(_stage, seconds=self.seconds, show=show)
         chunks = len(plan.starts) * len(encode_slices(plan.length, self.config.vae))
         with self._on_mesh(), stage("encode", 3 + chunks) as bar:
-            with on_devices(self.text_encoder) as text_encoder:
-                text = denoise.encode_text(text_encoder, jnp.asarray(plan.ids))
+            text = self._encoded("text", plan.ids)
             bar.update()
-            with on_devices(self.image_encoder) as image_encoder:
-                summary, features = denoise.encode_image(image_encoder, jnp.asarray(plan.images) / 255)
+            summary, features = self._encoded("image", plan.images)
             bar.update()
             reference_key, latents_key, step_key = jax.random.split(key, 3)
             noise = plan.noise or Noise(
@@ -282,6 +280,20 @@ class Pipeline:
         with self._on_mesh(), stage("decode", len(decode_slices(latents.shape[1], self.config.vae))) as bar:
             video = self.decode(latents, bar)
         return video if strict_reference else canvas.crop(video, *sketch.shape[1:3])[: len(sketch)]
+
+    def _encoded(self, what, array):
+        """What the encoder of "text" makes of ids, or that of an "image" of pixels [K, H, W, 3]; where they
+        are the last ones, what it made then: clips of a film share prompts and references, and an offloaded
+        encoder would come and go for each."""
+        kept = self._last.get(what)
+        if kept is None or not np.array_equal(kept[0], array):
+            with on_devices(self.text_encoder if what == "text" else self.image_encoder) as network:
+                if what == "text":
+                    made = denoise.encode_text(network, jnp.asarray(array))
+                else:
+                    made = denoise.encode_image(network, jnp.asarray(array) / 255)
+            kept = self._last[what] = array, made
+        return kept[1]
 
     def _on_mesh(self):
         """Context in which kernels that XLA cannot partition find the mesh."""

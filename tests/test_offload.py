@@ -1,5 +1,6 @@
 """Networks that wait in the host's memory: the same clip, and only one of them on the device at a time."""
 
+import contextlib
 import gc
 
 import jax
@@ -59,6 +60,28 @@ def test_a_clip_is_the_same_with_one_network_at_a_time_on_the_device(weights, mo
     assert max(seen["encode_text"], seen["encode_image"]) < everything / 2
     assert seen["denoise_step"] < everything
     assert held() - before < everything / 10
+
+
+def test_what_clips_share_is_encoded_once(weights, monkeypatch):
+    pipeline, calls, load = Pipeline.load(weights.directory, offload="yes"), [], offload.on_devices
+
+    @contextlib.contextmanager
+    def watched(network):
+        calls.extend(name for name, value in vars(pipeline).items() if value is network)
+        with load(network) as there:
+            yield there
+
+    monkeypatch.setattr("animecolor_jax.pipeline.on_devices", watched)
+    first = color(pipeline)
+    for prompt, reference, expected in (
+        ("a cat", 0, set()), ("a dog", 0, {"text_encoder"}), ("a dog", 1, {"image_encoder"}),
+    ):  # fmt: skip
+        calls.clear()
+        video = color(pipeline, prompt, reference)
+        assert set(calls) & {"text_encoder", "image_encoder"} == expected
+        if not expected:
+            np.testing.assert_array_equal(video, first)
+    np.testing.assert_array_equal(video, color(Pipeline.load(weights.directory), "a dog", 1))
 
 
 def test_offloaded_networks_return_to_their_places_on_a_mesh(weights):
