@@ -51,10 +51,8 @@ def test_networks_in_less_than_float32_are_found(tmp_path):
                 tensors[name] = to_tf32(value)
 
     changed_copy(FIXTURES / "t5.safetensors", tmp_path, rounded)
-    right, wrong = (devices.network_errors(folder, [], ["text encoder"]) for folder in (FIXTURES, tmp_path))
-    assert [each["dtype"] for each in right] == ["float32", "bfloat16"]
-    assert all(each["passed"] and 0 < each["error"] < each["limit"] for each in right)
-    assert not wrong[0]["passed"] and wrong[0]["limit"] < wrong[0]["error"] < 0.01
+    wrong, _ = devices.network_errors(tmp_path, [], ["text encoder"])  # right ones: test_accelerators.py
+    assert not wrong["passed"] and wrong["limit"] < wrong["error"] < 0.01
 
 
 def test_networks_that_give_no_numbers_or_do_not_run_are_named(tmp_path, monkeypatch):

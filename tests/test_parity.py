@@ -23,9 +23,24 @@ def name(path):
     return path.stem
 
 
-@pytest.mark.parametrize("path", FIXTURES, ids=name)
-def test_every_output_of_a_fixture_is_within_its_tolerance(path):
-    result = check_fixture(path)
+# cases of which others show the like: other sizes, another scheduler, tiles (blended in test_vae.py)
+REPEATED = {"vae": ("f1", "f5", "f17", "tiled"), "pipeline": ("ddim_no_cfg", "ddim_cog")}
+
+
+def cases(path):
+    """Parameters (fixture, None for all of its cases, or one of them)."""
+    if path.stem not in REPEATED:
+        return [pytest.param(path, None, id=path.stem)]
+    every, slow = json.loads(path.with_suffix(".json").read_text())["config"]["cases"], [pytest.mark.slow]
+    return [
+        pytest.param(path, case, id=f"{path.stem}-{case}", marks=slow if case in REPEATED[path.stem] else [])
+        for case in every
+    ]
+
+
+@pytest.mark.parametrize(("path", "case"), [each for path in FIXTURES for each in cases(path)])
+def test_every_output_of_a_fixture_is_within_its_tolerance(path, case):
+    result = check_fixture(path, case=case)
     assert result.passed, result.worst
     skipped = {"Euler/get_velocity", "Euler A/get_velocity"}
     assert set(result.not_compared) <= skipped
