@@ -1,5 +1,6 @@
 """The six networks by the names they have everywhere: files, flags, configs and parameter names."""
 
+import functools
 import math
 import re
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from animecolor_jax import params
+from animecolor_jax import params, quantization, sharding
 from animecolor_jax.models.hce import HCE
 from animecolor_jax.models.radio import Radio
 from animecolor_jax.models.t5 import T5Encoder
@@ -62,6 +63,30 @@ def creator(component, config):
 def abstract(component, config):
     """{name: ShapeDtypeStruct} of the component's parameters and buffers."""
     return params.abstract(creator(component, config))[1]
+
+
+@functools.cache
+def described(component, config, dtype=None, mesh=None, quantize=None):
+    """{name: ShapeDtypeStruct} of the component's parameters and buffers as they lie on devices; one dict for
+    all who ask the same, so leave it as it is.
+
+    Args:
+        dtype: of floating ones; default: the config's.
+        mesh: on which the one rule table places them; None for one device.
+        quantize: one of `quantization.MODES`; what is quantised is a `qwix.QArray` of two.
+    """
+
+    def placed(name, array):
+        where = None if mesh is None else sharding.parameter_sharding(name, array.shape, mesh)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+
+    dtype = dtype or config.dtype
+    return {
+        name: jax.tree.map(
+            functools.partial(placed, name), quantization.describe(component, name, leaf, dtype, quantize)
+        )
+        for name, leaf in abstract(component, config).items()
+    }
 
 
 def initial_leaves(component, config, seed, only=".*"):

@@ -154,9 +154,14 @@ def parameter_sharding(name, shape, mesh):
 
 
 def bytes_on_device(tree):
-    """Bytes on each device of arrays or ShapeDtypeStructs with shardings; keys are not counted."""
+    """Bytes on each device of arrays or ShapeDtypeStructs, whole where they have no sharding; keys are not
+    counted."""
+
+    def shape(leaf):
+        return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(shape(leaf)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     )

@@ -19,7 +19,7 @@ from animecolor_jax.config import COMPONENTS
 from animecolor_jax.errors import InputError
 from animecolor_jax.models.animecolor import AnimeColor
 from animecolor_jax.models.vae import decode_slices, encode_slices
-from animecolor_jax.networks import abstract, creator
+from animecolor_jax.networks import creator, described
 from animecolor_jax.sampling import make_sampler
 from animecolor_jax.train import state
 from animecolor_jax.train.optimizer import make_optimizer
@@ -113,17 +113,7 @@ class Colouring:
 
     def leaves(self, name):
         """{name: description} of a network's parameters."""
-
-        def placed(leaf, array):
-            where = sharding.parameter_sharding(leaf, array.shape, self.mesh)
-            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
-
-        return {
-            leaf: jax.tree.map(
-                partial(placed, leaf), quantization.describe(name, leaf, value, self.dtype, self.quantize)
-            )
-            for leaf, value in abstract(name, getattr(self.config, name)).items()
-        }
+        return described(name, getattr(self.config, name), self.dtype, self.mesh, self.quantize)
 
     def network(self, name):
         """A module of descriptions."""

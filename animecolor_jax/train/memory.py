@@ -17,7 +17,7 @@ from animecolor_jax.flops import FRAMES_PER_LATENT, SPATIAL_COMPRESSION, tokens_
 from animecolor_jax.models import attention
 from animecolor_jax.models.chunked_attention import QUERY_CHUNK
 from animecolor_jax.platforms import GIB, platform
-from animecolor_jax.sharding import AXES, bytes_on_device, parameter_sharding
+from animecolor_jax.sharding import AXES, bytes_on_device
 from animecolor_jax.train import state
 from animecolor_jax.train.optimizer import make_optimizer
 from animecolor_jax.train.parts import Parts
@@ -63,7 +63,10 @@ def _estimates(config, model_config, mesh_sizes, on_the_fly):
         # of a part of the batch, and the sum of those of the parts before
         "gradients": trained * (1 if config.optimizer.accumulate == 1 else 2),
     }
-    encoders = sum(_encoder(model_config, COMPONENTS[name], config, mesh) for name in on_the_fly)
+    encoders = bytes_on_device([
+        networks.described(name, getattr(model_config, name), config.compute.frozen_dtype, mesh)
+        for name in (COMPONENTS[what] for what in on_the_fly)
+    ])  # fmt: skip
     clips = -(-config.data.batch_size // (sizes["data"] * sizes["fsdp"]))
     at_a_time = -(-clips // config.optimizer.accumulate)
 
@@ -77,15 +80,6 @@ def _estimates(config, model_config, mesh_sizes, on_the_fly):
         return found | {"total": sum(found.values())}
 
     return of
-
-
-def _encoder(model_config, name, config, mesh):
-    leaves = networks.abstract(name, getattr(model_config, name)).items()
-    itemsize = jnp.dtype(config.compute.frozen_dtype).itemsize
-    return sum(
-        itemsize * math.prod(parameter_sharding(leaf, shape.shape, mesh).shard_shape(shape.shape))
-        for leaf, shape in leaves
-    )
 
 
 def _encoding(vae, clips, latents):
