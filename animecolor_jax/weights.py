@@ -25,7 +25,7 @@ from flax import nnx
 from animecolor_jax import canvas, params, quantization, safetensors_io, sharding
 from animecolor_jax import config as configs
 from animecolor_jax.errors import InputError
-from animecolor_jax.networks import abstract, creator, initial_leaves
+from animecolor_jax.networks import abstract, creator, described, initial_leaves
 from animecolor_jax.tokenizer import Tokenizer
 from data_pipeline.shapes import SPATIAL_MULTIPLE
 
@@ -311,17 +311,9 @@ class Weights:
     def bytes_on_device(self, dtype=None, mesh=None, quantize=None):
         """Bytes of each device that all networks together take, arguments as of `load`."""
         quantization.check_mode(quantize)
-        total = 0
-        for name in configs.COMPONENTS:
-            config = self.config_of(name)
-            for leaf, spec in abstract(name, config).items():
-                described = quantization.describe(name, leaf, spec, dtype or config.dtype, quantize)
-                for array in jax.tree.leaves(described):
-                    shape = array.shape
-                    if mesh is not None:
-                        shape = sharding.parameter_sharding(leaf, shape, mesh).shard_shape(shape)
-                    total += array.dtype.itemsize * math.prod(shape)
-        return total
+        return sharding.bytes_on_device(
+            [described(name, self.config_of(name), dtype, mesh, quantize) for name in configs.COMPONENTS]
+        )
 
     def config_of(self, name):
         """A component's config; InputError if the directory lacks it."""
