@@ -5,7 +5,6 @@ Sizes are those of one clip: T H W latents of F frames of pixels.
 
 import dataclasses
 import re
-from functools import partial
 from typing import NamedTuple
 
 import jax
