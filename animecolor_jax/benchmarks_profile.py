@@ -20,7 +20,7 @@ from animecolor_jax.weights import BUNDLED, Weights
 
 KINDS = ("products", "elementwise and sums", "copies")
 # an operation's name lists what it fuses, such as "broadcast_multiply_fusion.3"
-PRODUCTS = re.compile(r"ynn|dot|convolution|custom-call|matmul")
+PRODUCTS = re.compile(r"ynn|dot|conv_general|convolution|custom-call|matmul")
 COPIES = re.compile(
     r"(wrapped_|fused_|_?(copy|bitcast|concatenate|dynamic-slice|dynamic-update-slice|slice|pad|transpose|"
     r"broadcast|reshape|gather|reverse|convert|fusion|clone))+"

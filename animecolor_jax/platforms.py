@@ -6,7 +6,7 @@ import os
 
 import jax
 
-GIB = 2**30
+GIB = 2**30  # bytes
 _chosen = contextvars.ContextVar("platform and device kind", default=(None, None))
 
 
@@ -21,7 +21,7 @@ def device_kind():
 
 
 @contextlib.contextmanager
-def traced_for(platform, device_kind):
+def traced_for(platform, device_kind=None):
     """What is traced within is for devices of that kind, which need not be there.
 
     Programs that were traced before are forgotten at both ends, as they may be for other devices.

@@ -165,16 +165,16 @@ def test_packed_refuses_heads_that_are_no_pairs_of_64(heads, size):
 def test_on_tpus_packed_is_taken_where_it_fits(kind, tokens, heads, backend):
     x = jax.ShapeDtypeStruct((1, tokens, heads, 64), jnp.bfloat16)
     with traced_for("tpu", kind):
-        assert module._choose([x]) == backend
+        assert module.choose([x]) == backend
 
 
 def test_heads_of_a_mesh_are_counted_on_each_device():
     x = jax.ShapeDtypeStruct((2, 1000, 30, 64), jnp.bfloat16)
     with traced_for("tpu", "TPU v5 lite"):
         with jax.set_mesh(make_mesh(context=4, tensor=2)):
-            assert module._choose([x]) == "splash"  # 15 heads each
+            assert module.choose([x]) == "splash"  # 15 heads each
         with jax.set_mesh(make_mesh(fsdp=2, context=4)):
-            assert module._choose([x]) == "packed"
+            assert module.choose([x]) == "packed"
 
 
 def test_splash_never_asks_a_higher_precision_of_bfloat16():
@@ -226,4 +226,4 @@ def test_unknown_backend_is_refused():
 
 
 def test_auto_is_chunked_on_cpu():
-    assert module._choose([jnp.ones((1, 2, 2, 64), jnp.bfloat16)]) == "chunked"
+    assert module.choose([jnp.ones((1, 2, 2, 64), jnp.bfloat16)]) == "chunked"

@@ -192,12 +192,12 @@ def test_the_longest_stretch_of_a_kernel_lies_between_branches_and_what_they_lea
 
 def test_programs_are_traced_for_the_devices_they_are_for():
     x = [jnp.ones((1, 4, 2, 8), jnp.bfloat16)]
-    assert attention._choose(x) == "chunked"
+    assert attention.choose(x) == "chunked"
     with platforms.traced_for("tpu", "TPU v5 lite"):
-        assert attention._choose(x) == "splash"
+        assert attention.choose(x) == "splash"
     with platforms.traced_for("gpu", "NVIDIA H100 80GB HBM3"):
-        assert attention._choose(x) == "cudnn"
-        assert attention._choose([x[0].astype(jnp.float32)]) == "chunked"
+        assert attention.choose(x) == "cudnn"
+        assert attention.choose([x[0].astype(jnp.float32)]) == "chunked"
     assert platforms.platform() == "cpu"
 
 

@@ -23,7 +23,7 @@ def test_attention_here_is_right_and_its_reference_too():
 
 def test_wrong_attention_is_found(monkeypatch):
     wrong = lambda q, k, v: attention.chunked_attention(q, k * 1.01, v)  # noqa: E731
-    monkeypatch.setitem(attention._ATTEND, "chunked", wrong)
+    monkeypatch.setitem(attention._ATTEND, "chunked", attention._joined(wrong))
     checks = {(check["backend"], check["dtype"]): check["passed"] for check in devices.attention_errors()}
     assert not checks["chunked", "float32"] and checks["xla", "float32"]
 

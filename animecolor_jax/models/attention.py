@@ -44,13 +44,14 @@ def joint_attention(q, k, v, backend="auto"):
         list of [B, S_i, N, H].
     """
     if backend == "auto":
-        backend = _choose(q)
+        backend = choose(q)
     if backend not in _ATTEND:
         raise ValueError(f"unknown attention backend {backend!r}, expected one of {BACKENDS}")
     return over_mesh(_ATTEND[backend], q, k, v)
 
 
-def _choose(q):
+def choose(q):
+    """The backend that "auto" takes for queries as of `joint_attention`."""
     device, dtype = platform(), q[0].dtype
     if device == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
         return "packed" if _fits_packed(q) else "splash"

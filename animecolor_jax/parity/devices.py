@@ -16,7 +16,7 @@ LIMITS = {"float32": 5e-6, "bfloat16": 1.2e-2, "float16": 1.5e-3}
 OWN = {  # backends that one kind of device has, and their dtypes
     "cpu": {},
     "gpu": {"cudnn": ("bfloat16", "float16")},
-    "tpu": {"splash": ("float32", "bfloat16")},
+    "tpu": dict.fromkeys(("packed", "splash"), ("float32", "bfloat16")),
 }
 MODEL = "denoiser, LCG and HCE"
 CASES = {  # (fixture, case) of each network

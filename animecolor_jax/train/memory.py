@@ -7,6 +7,7 @@ remat policy, and those that exist at one time within the blocks that it is work
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
@@ -162,9 +163,12 @@ class _Step:
 
     def scores(self, queries, keys):
         """Attention's scores, in float32, that exist at one time: scores, weights and their gradients."""
-        backend = self.denoiser.attention
-        backend = attention._choose(jnp.dtype(self.denoiser.dtype)) if backend == "auto" else backend
-        heads = self.clips * self.denoiser.num_heads / self.tensor
+        denoiser = self.denoiser
+        backend = denoiser.attention
+        if backend == "auto":
+            shape = (1, queries, denoiser.num_heads, denoiser.head_dim)
+            backend = attention.choose([jax.ShapeDtypeStruct(shape, denoiser.dtype)])
+        heads = self.clips * denoiser.num_heads / self.tensor
         if backend == "chunked":
             queries = min(queries, QUERY_CHUNK)
             heads = 1 if platform() == "cpu" else heads
