@@ -280,11 +280,11 @@ def conditions(model_config, reference_shape):
     return total + hce(model_config.hce, image_patches(model_config, reference_shape))
 
 
-def denoising_step(model_config, latent_shape):
-    """One denoising step of AnimeColor with text guidance, one clip and one reference."""
+def denoising_step(model_config, latent_shape, references=1):
+    """One denoising step of AnimeColor with text guidance, one clip."""
     denoiser, extractor = model_config.denoiser, model_config.hce
-    bank = tokens_of(denoiser, (1, *latent_shape[1:]))
-    crossed = cross_attention(extractor, tokens_of(denoiser, latent_shape), extractor.num_tokens)
+    bank, colors = references * tokens_of(denoiser, (1, *latent_shape[1:])), references * extractor.num_tokens
+    crossed = cross_attention(extractor, tokens_of(denoiser, latent_shape), colors)
     return 2 * (transformer(denoiser, latent_shape, None, bank) + extractor.num_cross * crossed)
 
 
