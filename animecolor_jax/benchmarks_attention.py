@@ -5,10 +5,11 @@ from typing import NamedTuple
 import jax
 
 from animecolor_jax import benchmarks, flops
+from animecolor_jax.models.attention import PLATFORM_OF
 from animecolor_jax.models.attention import attention as attend
 
-# Fastest first. "xla" holds all scores at once, which takes tens of GB at the size for a GPU.
-BACKENDS = {"cpu": ("chunked", "xla"), "gpu": ("cudnn", "chunked"), "tpu": ("splash", "chunked")}
+# beside a device's own; "xla" holds all scores at once, which takes tens of GB at the size for a GPU
+ANYWHERE = {"cpu": ("chunked", "xla"), "gpu": ("chunked",), "tpu": ("chunked",)}
 
 
 class Size(NamedTuple):
@@ -39,7 +40,9 @@ def attention(against, repeats, size=None):
     theirs = torch_attention(*arrays) if against == "torch" else {}
     shape, lines = f"{size.heads} heads x {size.head_dim}, {size.tokens} tokens", []
     work = flops.attention(size.tokens, size.tokens, size.heads * size.head_dim) / 1e12
-    for backend in BACKENDS[jax.default_backend()]:
+    device = jax.default_backend()
+    own = (backend for backend, platform in PLATFORM_OF.items() if platform == device)
+    for backend in (*own, *ANYWHERE[device]):
 
         def forward(q, k, v, cotangent, backend=backend):
             return attend(q, k, v, backend)

@@ -285,15 +285,16 @@ class Pipeline:
         """What the encoder of "text" makes of ids, or that of an "image" of pixels [K, H, W, 3]; where they
         are the last ones, what it made then: clips of a film share prompts and references, and an offloaded
         encoder would come and go for each."""
+        encoder = self.text_encoder if what == "text" else self.image_encoder
         kept = self._last.get(what)
-        if kept is None or not np.array_equal(kept[0], array):
-            with on_devices(self.text_encoder if what == "text" else self.image_encoder) as network:
+        if kept is None or kept[0] is not encoder or not np.array_equal(kept[1], array):
+            with on_devices(encoder) as network:
                 if what == "text":
                     made = denoise.encode_text(network, jnp.asarray(array))
                 else:
                     made = denoise.encode_image(network, jnp.asarray(array) / 255)
-            kept = self._last[what] = array, made
-        return kept[1]
+            kept = self._last[what] = encoder, array, made
+        return kept[2]
 
     def _on_mesh(self):
         """Context in which kernels that XLA cannot partition find the mesh."""

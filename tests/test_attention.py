@@ -130,6 +130,16 @@ def test_packed_on_a_mesh_equals_one_device(monkeypatch, axes):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+def test_keys_that_do_not_count_stay_out_of_gradients_however_low_the_scores_are():
+    """A key beyond the end has a score of 0, here 3,200 above the others'."""
+    q, k = [20 * jnp.ones((1, 16, 2, 64))], [-20 * jnp.ones((1, 100, 2, 64))]
+    v = [jax.random.normal(jax.random.key(5), k[0].shape)]
+    ours = results_and_gradients(functools.partial(packed, interpret=True), q, k, v)
+    theirs = results_and_gradients(functools.partial(joint_attention, backend="xla"), q, k, v)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
 def test_packed_in_bfloat16_is_as_exact_as_xla():
     arrays = make_sources("ragged", dtype=jnp.bfloat16)
     exact = results_and_gradients(

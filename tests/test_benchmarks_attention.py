@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from animecolor_jax import benchmarks_attention, doctor, flops
+from animecolor_jax import benchmarks_attention, flops
+from animecolor_jax.parity import devices
 
 SIZE = benchmarks_attention.Size(33, 2, 8, "float32")
 
@@ -15,7 +16,7 @@ def test_pytorch_computes_the_same():
     arrays = [jax.random.normal(key, (1, *SIZE[:3])) for key in jax.random.split(jax.random.key(3), 4)]
     theirs = benchmarks_attention.torch_attention(*arrays)
     found = [x.numpy().swapaxes(1, 2) for x in theirs["forward and backward"]()]
-    expected = doctor._attend(*arrays, "chunked")
+    expected = devices._attend(*arrays, "chunked")
     assert len(found) == len(expected) == 4
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)

@@ -1,6 +1,7 @@
 """Programs compiled for devices that are not here, and what is read from them."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -170,6 +171,33 @@ def test_a_compiler_that_runs_out_of_memory_says_how_much_is_needed():
     assert report.needed_memory(message) == 25.5 * 2**30
     for other in ("INVALID_ARGUMENT: no such thing", "Ran out of memory in vmem. Used 130M of 128M vmem."):
         assert report.needed_memory(other) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_our_kernels_compile_for_a_tpu_forward_and_backward(dtype):
+    """Interpreted, they need not be what Mosaic takes."""
+    code = f"""
+import jax
+from jax.sharding import SingleDeviceSharding
+from animecolor_jax.compiling import targets
+from animecolor_jax.models.attention import joint_attention
+
+device = targets.open_target("tpu:v5e:2x2").devices[0]
+q, k = (
+    [jax.ShapeDtypeStruct((1, n, 2, 64), "{dtype}", sharding=SingleDeviceSharding(device)) for n in lengths]
+    for lengths in ((30, 200), (100, 30, 200))
+)
+
+def attend(q, k, v):
+    out, pull = jax.vjp(lambda *xs: joint_attention(*xs, "packed"), q, k, v)
+    return out, pull(out)
+
+text = jax.jit(attend).trace(q, k, k).lower(lowering_platforms=("tpu",)).compile().as_text()
+assert text.count("custom_call_target") >= 4, text
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 CODE = """

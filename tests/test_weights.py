@@ -88,6 +88,7 @@ def test_all_files_of_bundled_weights_are_installed():
 
 
 def test_reading_compiles_nothing(caplog):
+    jax.clear_caches()
     with jax.log_compiles():
         Weights(BUNDLED).load("denoiser", dtype="float32")
     assert not [each for each in caplog.messages if each.startswith("Compiling")]

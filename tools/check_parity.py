@@ -14,7 +14,7 @@ import tyro
 
 from animecolor_jax import cli
 from animecolor_jax.errors import InputError
-from animecolor_jax.models.attention import BACKENDS
+from animecolor_jax.models.attention import BACKENDS, PLATFORM_OF
 from animecolor_jax.parity.check import check_fixture
 
 
@@ -43,7 +43,7 @@ def run(args):
     if args.backend not in BACKENDS:
         raise InputError(f"{args.backend!r}", where="--backend", expected=f"one of {', '.join(BACKENDS)}")
     platform = jax.default_backend()
-    if {"cudnn": "gpu", "packed": "tpu", "splash": "tpu"}.get(args.backend, platform) != platform:
+    if PLATFORM_OF.get(args.backend, platform) != platform:
         raise InputError(
             f"{args.backend} does not run on {platform}", where="--backend", fix="use it where the device is"
         )

@@ -54,6 +54,9 @@ def run():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a row's process ends, too
     results = slices.Results(args.out, args.size)
     size = SIZES[args.size]
+    for name in args.rows or ():  # what was lacking may be there now
+        if results.rows.get(name, {}).get("state") == "lacking":
+            del results.rows[name]
     expected = {name: size.row_seconds or known[name].seconds for name in args.rows or known}
     slices.run(results, expected, 60 * args.minutes)
     in_order = {name: results.rows[name] for name in known if name in results.rows}

@@ -100,7 +100,7 @@ def cogvideox(against, size):
         from diffusers import CogVideoXTransformer3DModel  # noqa: F401
     except (ImportError, RuntimeError) as error:  # diffusers' lazy imports raise the latter
         if importlib.util.find_spec("torch") is None:
-            raise Lacking("PyTorch is not installed") from error
+            raise Lacking("PyTorch is not installed: pip install torch") from error
         raise Lacking(f"{WITHOUT_DIFFUSERS} ({error})") from error
     latents, text, _ = parts.loop_inputs(size)
     model = benchmarks.torch_transformer(size.model.lcg, size.dtype, benchmarks.torch_device())

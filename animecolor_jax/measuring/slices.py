@@ -54,9 +54,9 @@ class Results:
             partial.write_text(json.dumps({"size": self.size, "rows": self.rows}, indent=1, allow_nan=False))
 
     def left(self, names):
-        """Those of `names` that are not done, those never tried first."""
+        """Those of `names` that are neither done nor lack something, those never tried first."""
         return sorted(
-            (name for name in names if self.rows.get(name, {}).get("state") != "done"),
+            (name for name in names if self.rows.get(name, {}).get("state") not in ("done", "lacking")),
             key=self.rows.__contains__,
         )
 

@@ -12,11 +12,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from animecolor_jax.models import packed_attention
 from animecolor_jax.models.chunked_attention import SAVED, chunked_attention
 from animecolor_jax.platforms import device_kind, platform
 
 BACKENDS = ("auto", "chunked", "cudnn", "packed", "splash", "xla")
+PLATFORM_OF = {"cudnn": "gpu", "packed": "tpu", "splash": "tpu"}  # those that one kind of device has
 SPLASH_BLOCK = 512
 
 
@@ -61,11 +61,13 @@ def choose(q):
 
 
 def _fits_packed(q):
+    from animecolor_jax.models import packed_attention  # not above: Pallas takes long to import
+
     tokens, (heads, size), mesh = max(x.shape[1] for x in q), q[0].shape[2:], jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         tokens = -(-tokens // mesh.shape["context"])
         heads //= mesh.shape["tensor"] if _dividing(heads, "tensor") else 1
-    return packed_attention.fits(tokens, heads, size, device_kind())
+    return packed_attention.fits(tokens, heads, size, q[0].dtype.itemsize, device_kind())
 
 
 def over_mesh(attend, q, k, v):
@@ -144,6 +146,8 @@ def packed(q, k, v, *, interpret=False):
 
 
 def _packed_on_one_device(q, k, v, lengths, *, interpret):
+    from animecolor_jax.models import packed_attention
+
     heads, size = q[0].shape[2:]
     if size != packed_attention.HEAD_SIZE or heads % 2:
         raise ValueError(f"{heads} heads of {size}, attention backend packed takes an even number of 64")

@@ -27,7 +27,7 @@ LANES = 2 * HEAD_SIZE
 QUERY_BLOCK, KEY_BLOCK = 512, 1024  # of tokens
 NEVER = -1e30  # score of what is masked
 VMEM_BYTES = 60 * 2**20  # of a chip's fast memory; v5p has 64 MiB, v5e and v6e more
-BESIDES = 12 * 2**20  # what the backward pass takes of it beside its gradient of the queries
+BESIDES = 6 * 2**20  # of it beside the gradient of queries, for each byte of a number
 TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # have 16 MiB
 BY_ROWS, BY_LANES = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # a @ b, and a @ b.T
 
@@ -41,11 +41,11 @@ class Source(NamedTuple):
     first: int
 
 
-def fits(tokens, heads, size, device_kind):
-    """Whether the kernels can attend from so many tokens of a clip, with that many heads of that size, on
-    such a device."""
+def fits(tokens, heads, size, itemsize, device_kind):
+    """Whether the kernels can attend from so many tokens of a clip, with that many heads of that size, in
+    numbers of `itemsize` bytes, on such a device."""
     gradient = 4 * LANES * (tokens + QUERY_BLOCK)  # of a pair's queries, float32
-    small = device_kind.startswith(TOO_SMALL) or gradient + BESIDES > VMEM_BYTES
+    small = device_kind.startswith(TOO_SMALL) or gradient + itemsize * BESIDES > VMEM_BYTES
     return size == HEAD_SIZE and heads % 2 == 0 and not small
 
 
@@ -186,11 +186,13 @@ def _backward_kernel(q_ref, out_bar_ref, logsum_ref, delta_ref, *refs, sources, 
         k_sum[...] = jnp.zeros_like(k_sum)
         v_sum[...] = jnp.zeros_like(v_sum)
 
-    def attend(k, v, _):  # keys of zero, whatever their weights, add nothing to the gradient of queries
+    def attend(k, v, left):
         tokens = pl.ds(0, k.shape[0])
         q, out_bar = _rows_of(q_ref, i, length, scale), _rows_of(out_bar_ref, i, length)
         # keys are the rows of the scores: of the five products one alone has to turn its large operand
         weights = jnp.exp(_product(k, q, BY_LANES) - logsum_ref[...])  # [keys, rows]
+        if left is not None:  # their score of 0 may be far above all others
+            weights = _zero_from(weights, left)
         v_sum[tokens] += _product(weights.astype(out_bar.dtype), out_bar, BY_ROWS)
         scores_bar = weights * (_product(v, out_bar, BY_LANES) - delta_ref[...])
         scores_bar = scores_bar.astype(q.dtype)
