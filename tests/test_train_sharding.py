@@ -189,7 +189,7 @@ def test_mixed_meshes(sizes, stage):
     program, found = run(stage, sizes, shard, "--compute.remat", "attention" if tensor == 1 else "block")
     rows = BATCH // (2 * sizes.get("data", 1))
     gathered = {shape for operation, shape, looped in found if operation == "all-gather" and looped}
-    assert (rows, 28, HEADS // tensor, HEAD_DIM) in gathered  # video keys
+    assert (rows, 28, HEADS // tensor * HEAD_DIM) in gathered  # video keys
     assert (DIM, 4 * DIM // tensor) in gathered  # one layer of the feed-forward
     assert not {(DEPTH, DIM, 4 * DIM // share) for share in (1, 2)} & {shape for _, shape, _ in found}
     if tensor > 1:
