@@ -35,7 +35,7 @@ def images(height, width, number=2, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (number, height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("net", ["alex", "vgg"])
+@pytest.mark.parametrize("net", ["alex", pytest.param("vgg", marks=pytest.mark.slow)])
 def test_every_output_equals_the_reference(net):
     result = check_fixture(FIXTURES / f"lpips_{net}.safetensors")
     assert result.passed, result.worst

@@ -170,7 +170,7 @@ def test_draws_are_decided_by_key_and_step():
     assert len({loss(step=5), loss(step=6), loss(step=5, key=jax.random.key(1))}) == 3
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3, 4])
 def test_every_condition_of_the_stage_and_no_other_changes_the_loss(stage):
     run, losses = make_run(stage), make_losses(stage)
     draws = first_draws(run)
@@ -305,7 +305,13 @@ def gradients_of_all(accumulate=1, remat="none"):
     return compiled, compiled(*arguments)
 
 
-@pytest.mark.parametrize(("accumulate", "remat"), [(2, "branches"), (1, "attention"), (1, "block")])
+@pytest.mark.parametrize(
+    ("accumulate", "remat"),
+    [
+        pytest.param(2, "branches", marks=pytest.mark.slow), (1, "attention"),
+        pytest.param(1, "block", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_neither_parts_of_a_batch_nor_rematerialisation_change_the_gradients(accumulate, remat):
     _, (loss, grads) = gradients_of_all()
     _, (same_loss, same_grads) = gradients_of_all(accumulate, remat)

@@ -230,6 +230,7 @@ def test_a_variant_that_is_not_computed_is_refused_by_name(change):
     assert raised.value.where == "vae/config.json"
 
 
+@pytest.mark.slow  # test_convert.py loads every export in diffusers
 @pytest.mark.torch
 def test_exported_weights_load_in_diffusers_and_agree(vae, tmp_path):
     import torch
