@@ -31,7 +31,6 @@ class Offloaded:
         )
         _delete(state)
 
-
     def on(self, device):
         """The same network for another device; what lies in the host's memory is shared."""
         other = copy.copy(self)

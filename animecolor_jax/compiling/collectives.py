@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from animecolor_jax.compiling.hlo import COLLECTIVES, sizes
+from animecolor_jax.platforms import GIB
 
 BETWEEN_SLICES = "between-slices"  # what a TPU's compiler hands to the hosts to exchange
 
@@ -83,7 +84,7 @@ def summarise(collectives):
     for each in collectives:
         totals[each.kind][0] += each.times
         totals[each.kind][1] += each.received
-    return {kind: {"count": count, "gib": size / 2**30} for kind, (count, size) in sorted(totals.items())}
+    return {kind: {"count": count, "gib": size / GIB} for kind, (count, size) in sorted(totals.items())}
 
 
 def _groups(line):

@@ -3,10 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-import numpy as np
-
-from animecolor_jax import benchmarks_train
+from animecolor_jax import benchmarks, benchmarks_train
 from animecolor_jax.benchmarks_attention import CLIP_2B
 from animecolor_jax.benchmarks_attention import Size as AttentionSize
 from animecolor_jax.benchmarks_train import Shape
@@ -65,7 +62,7 @@ class Size:
 
     def normal(self, seed, *shape):
         """Standard normal array."""
-        return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32), self.dtype)
+        return benchmarks.normal(seed, *shape).astype(self.dtype)
 
 
 TINY = preset("tiny")

@@ -149,7 +149,7 @@ def _packed_on_one_device(q, k, v, lengths, *, interpret):
     from animecolor_jax.models import packed_attention
 
     heads, size = q[0].shape[2:]
-    if size != packed_attention.HEAD_SIZE or heads % 2:
+    if not packed_attention.takes(heads, size):
         raise ValueError(f"{heads} heads of {size}, attention backend packed takes an even number of 64")
     k, v = (list(map(_flat, xs)) for xs in (k, v))
     return [

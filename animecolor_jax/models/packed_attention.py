@@ -41,12 +41,17 @@ class Source(NamedTuple):
     first: int
 
 
+def takes(heads, size):
+    """Whether heads of that number and size are whole pairs."""
+    return size == HEAD_SIZE and heads % 2 == 0
+
+
 def fits(tokens, heads, size, itemsize, device_kind):
     """Whether the kernels can attend from so many tokens of a clip, with that many heads of that size, in
     numbers of `itemsize` bytes, on such a device."""
     gradient = 4 * LANES * (tokens + QUERY_BLOCK)  # of a pair's queries, float32
     small = device_kind.startswith(TOO_SMALL) or gradient + itemsize * BESIDES > VMEM_BYTES
-    return size == HEAD_SIZE and heads % 2 == 0 and not small
+    return takes(heads, size) and not small
 
 
 def packed_attention(q, k, v, lengths, interpret=False):
@@ -163,7 +168,10 @@ def _backward(lengths, interpret, residuals, out_bar):
         name="packed_attention_backward",
     )(q, out_bar, logsum, delta, *k, *v)
     # blocks without a key that counts were left as they were
-    bars = [_zero_from(bar, length, axis=1) for bar, length in zip(bars, 2 * lengths, strict=True)]
+    bars = [
+        bar if bar.shape[1] == length else _zero_from(bar, length, axis=1)
+        for bar, length in zip(bars, 2 * lengths, strict=True)
+    ]
     return q_bar, tuple(bars[: len(k)]), tuple(bars[len(k) :])
 
 
