@@ -173,6 +173,12 @@ def test_a_compiler_that_runs_out_of_memory_says_how_much_is_needed():
         assert report.needed_memory(other) is None
 
 
+def test_failure_of_the_compiler_with_a_way_round_names_it():
+    message = "INTERNAL: Value <1 start.25{0}> (3080, 3090) off: 0 size: 8 overlaps with another chunk off: 0"
+    assert "LIBTPU_INIT_ARGS=--xla" in str(report.explained(message))
+    assert report.explained("INTERNAL: another") is None
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_our_kernels_compile_for_a_tpu_forward_and_backward(dtype):
     """Interpreted, they need not be what Mosaic takes."""

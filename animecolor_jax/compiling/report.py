@@ -8,6 +8,7 @@ import jax
 from animecolor_jax import flops, platforms
 from animecolor_jax.compiling import hlo, targets
 from animecolor_jax.compiling.collectives import read_collectives, summarise
+from animecolor_jax.errors import InputError
 from animecolor_jax.platforms import GIB
 
 SHARE = 0.92  # of a device's memory that a program may take
@@ -33,7 +34,7 @@ def compile_program(program, target, mesh):
     except jax.errors.JaxRuntimeError as error:
         used = needed_memory(str(error))
         if used is None:
-            raise
+            raise explained(str(error)) or error from error
         peak = used + program.resident
         names = ("argument_gib", "temp_gib", "output_gib", "collectives", "estimated_seconds")
         found = {"peak_gib": peak / GIB, "fits": False, "compile_seconds": time.perf_counter() - began}
@@ -103,6 +104,16 @@ def needed_memory(message):
         r"\(([\d.]+)([KMGT])\) exceeds available HBM", message
     )
     return float(found[1]) * units[found[2]] if found else None
+
+
+def explained(message):
+    """InputError for a failure of the compiler that has a way round; None for any other."""
+    if "overlaps with another chunk" not in message:
+        return None
+    return InputError(
+        message[:200], where="libtpu", expected="no mistake of the compiler, which 0.0.52 makes here",
+        fix="export LIBTPU_INIT_ARGS=--xla_tpu_enable_async_collective_fusion=false, here and where it runs",
+    )  # fmt: skip
 
 
 def check(programs, target, mesh):
