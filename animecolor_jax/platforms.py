@@ -20,6 +20,13 @@ def device_kind():
     return _chosen.get()[1] or jax.devices()[0].device_kind
 
 
+def before_ampere():
+    """Whether this process's GPUs are older than NVIDIA's Ampere (A100, RTX 30), which fused attention needs;
+    False within `traced_for`: nothing older is described."""
+    capability = None if _chosen.get()[0] else getattr(jax.devices()[0], "compute_capability", None)
+    return capability is not None and float(capability) < 8
+
+
 @contextlib.contextmanager
 def traced_for(platform, device_kind=None):
     """What is traced within is for devices of that kind, which need not be there.

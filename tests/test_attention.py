@@ -1,6 +1,7 @@
 """All attention backends compute the same thing."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -237,3 +238,11 @@ def test_unknown_backend_is_refused():
 
 def test_auto_is_chunked_on_cpu():
     assert module.choose([jnp.ones((1, 2, 2, 64), jnp.bfloat16)]) == "chunked"
+
+
+@pytest.mark.parametrize(("capability", "backend"), [("7.5", "chunked"), ("8.0", "cudnn"), ("12.0", "cudnn")])
+def test_gpus_that_have_no_fused_attention_do_without(monkeypatch, capability, backend):
+    x = jnp.ones((1, 2, 2, 64), jnp.bfloat16)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    assert module.choose([x]) == backend

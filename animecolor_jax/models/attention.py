@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from animecolor_jax.models.chunked_attention import SAVED, chunked_attention
-from animecolor_jax.platforms import device_kind, platform
+from animecolor_jax.platforms import before_ampere, device_kind, platform
 
 BACKENDS = ("auto", "chunked", "cudnn", "packed", "splash", "xla")
 PLATFORM_OF = {"cudnn": "gpu", "packed": "tpu", "splash": "tpu"}  # those that one kind of device has
@@ -25,8 +25,8 @@ def attention(q, k, v, backend="auto"):
 
     Args:
         q: [B, S, N, H]; k, v: [B, K, N, H], all of one dtype.
-        backend: one of `BACKENDS`; "auto" takes cudnn on NVIDIA in half precision, on TPU packed for an even
-            number of heads of 64 and else splash, anywhere else chunked.
+        backend: one of `BACKENDS`; "auto" takes cudnn on NVIDIA from Ampere on in half precision, on TPU
+            packed for an even number of heads of 64 and else splash, anywhere else chunked.
 
     Raises:
         ValueError: unknown backend, or one that the device, dtype or head size does not have.
@@ -55,7 +55,7 @@ def choose(q):
     device, dtype = platform(), q[0].dtype
     if device == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
         return "packed" if _fits_packed(q) else "splash"
-    if device == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
+    if device == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and not before_ampere():
         return "cudnn"
     return "chunked"
 
