@@ -32,9 +32,11 @@ def compile_program(program, target, mesh):
     try:
         compiled = lower_and_compile(program, target, mesh)
     except jax.errors.JaxRuntimeError as error:
+        if known := explained(str(error)):
+            raise known from error
         used = needed_memory(str(error))
         if used is None:
-            raise explained(str(error)) or error from error
+            raise
         peak = used + program.resident
         names = ("argument_gib", "temp_gib", "output_gib", "collectives", "estimated_seconds")
         found = {"peak_gib": peak / GIB, "fits": False, "compile_seconds": time.perf_counter() - began}
