@@ -20,11 +20,13 @@ def device_kind():
     return _chosen.get()[1] or jax.devices()[0].device_kind
 
 
-def before_ampere():
-    """Whether this process's GPUs are older than NVIDIA's Ampere (A100, RTX 30), which fused attention needs;
-    False within `traced_for`: nothing older is described."""
-    capability = None if _chosen.get()[0] else getattr(jax.devices()[0], "compute_capability", None)
-    return capability is not None and float(capability) < 8
+def has_fused_attention():
+    """Whether this process's GPUs are NVIDIA's from Ampere (A100, RTX 30) on, which cuDNN's attention needs;
+    True within `traced_for`: no others are described."""
+    if _chosen.get()[0]:
+        return True
+    capability = jax.devices()[0].compute_capability  # such as "8.0", on AMD's "gfx942"
+    return capability[0].isdigit() and float(capability) >= 8
 
 
 @contextlib.contextmanager

@@ -240,7 +240,10 @@ def test_auto_is_chunked_on_cpu():
     assert module.choose([jnp.ones((1, 2, 2, 64), jnp.bfloat16)]) == "chunked"
 
 
-@pytest.mark.parametrize(("capability", "backend"), [("7.5", "chunked"), ("8.0", "cudnn"), ("12.0", "cudnn")])
+@pytest.mark.parametrize(
+    ("capability", "backend"),
+    [("7.5", "chunked"), ("8.0", "cudnn"), ("12.0", "cudnn"), ("gfx942", "chunked")],
+)
 def test_gpus_that_have_no_fused_attention_do_without(monkeypatch, capability, backend):
     x = jnp.ones((1, 2, 2, 64), jnp.bfloat16)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from animecolor_jax.models.chunked_attention import SAVED, chunked_attention
-from animecolor_jax.platforms import before_ampere, device_kind, platform
+from animecolor_jax.platforms import device_kind, has_fused_attention, platform
 
 BACKENDS = ("auto", "chunked", "cudnn", "packed", "splash", "xla")
 PLATFORM_OF = {"cudnn": "gpu", "packed": "tpu", "splash": "tpu"}  # those that one kind of device has
@@ -55,7 +55,7 @@ def choose(q):
     device, dtype = platform(), q[0].dtype
     if device == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
         return "packed" if _fits_packed(q) else "splash"
-    if device == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and not before_ampere():
+    if device == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and has_fused_attention():
         return "cudnn"
     return "chunked"
 
