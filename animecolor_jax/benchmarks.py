@@ -212,8 +212,7 @@ def _conditions(model, reference):
 
 def _uncached_step(model, latents, state, sketch, text, reference, *rest, dtype):
     """Bank keys and values, colour tokens and their keys and values once more, the LCG's pass left
-    out: the official
-    code caches that as well."""
+    out: the official code caches that as well."""
     bank, summary, features = reference
     conditions = _project(model, bank, summary, features)
     return denoise.denoise_step(model, latents, state, sketch, text, conditions, *rest, dtype=dtype)
@@ -282,7 +281,8 @@ def _animecolor_loop(latents, text, sampler, shape, repeats):
     )
     conditions = _conditions(model, reference)
     bank = jax.jit(lambda m, x: m.bank(x))(model, reference[0])
-    uncached = (bank, *reference[1:])
+    # the official code projects the bank in both branches of guidance
+    uncached = (jnp.repeat(bank, 2, axis=1), *reference[1:])
     sides = {
         "ours": lambda: denoise_loop(model, latents, latents, text, conditions, sampler),
         "theirs": lambda: denoise_loop(model, latents, latents, text, conditions, sampler, rebuild=uncached),

@@ -58,8 +58,8 @@ SMALL = AnimeColorConfig(
 )
 SHAPES = {
     "small": Shape("8 blocks x 512, 2026 tokens", SMALL, benchmarks.CPU_CLIP, "float32"),
-    "2b-480x720x49": Shape("2B, 49x480x720", preset("animecolor-2b"), (13, 60, 90), "bfloat16"),
-    "2b-320x512x49": Shape("2B, 49x320x512", preset("animecolor-2b"), (13, 40, 64), "bfloat16"),
+    "2b-480x720x49": Shape("2B, 49x480x720", preset("animecolor-2b"), (13, 60, 90), "bfloat16", "products"),
+    "2b-320x512x49": Shape("2B, 49x320x512", preset("animecolor-2b"), (13, 40, 64), "bfloat16", "products"),
 }
 
 

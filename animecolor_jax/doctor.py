@@ -15,11 +15,12 @@ from animecolor_jax import flops
 from animecolor_jax.models.attention import attention
 from animecolor_jax.platforms import GIB, device_memory
 from animecolor_jax.train import memory, stages
-from animecolor_jax.train.config import TrainConfig
+from animecolor_jax.train.config import ComputeConfig, TrainConfig
 from data_pipeline.dataset import DataConfig
 
 STAGES = {stages.SKETCH: 50_000, stages.HCE: 25_000, stages.LCG: 30_000, stages.JOINT: 50_000}  # the paper's
 PAPER_BATCH = 16
+KEEPING = ("products", "branches", "attention")  # remat policies; "none" keeps norms and the like as well
 CPU_TOKENS = 2048
 MEASURE_SECONDS = 1.0
 
@@ -101,22 +102,26 @@ def training(model, latents, found, devices, limit_bytes):
 
     Returns:
         {stage: {"batch" (0: not even one clip a device; None: memory unknown), "gib" (of each device at the
-        paper's batch), "seconds_per_step", "hours"}}, the last two at the paper's batch.
+        paper's batch), "remat" (the policy that computes least again and fits at the paper's batch),
+        "seconds_per_step", "hours"}}, the last two at the paper's batch.
     """
-    stages_found = {}
+    stages_found, paper_batch = {}, -(-PAPER_BATCH // devices) * devices
     for stage, steps in STAGES.items():
 
-        def needed(batch, stage=stage):
-            config = TrainConfig(stage=stage, steps=1, data=DataConfig(batch_size=batch))
+        def needed(batch, remat="block", stage=stage):
+            compute = ComputeConfig(remat=remat)
+            config = TrainConfig(stage=stage, steps=1, data=DataConfig(batch_size=batch), compute=compute)
             return memory.estimate(config, model, latents, {"fsdp": devices})["total"]
 
         seconds = step_seconds(stage, model, latents, found, PAPER_BATCH) / devices
-        batch = None
+        batch, remat = None, "block"
         if limit_bytes is not None:
             sizes = (devices * clips for clips in (16, 8, 4, 2, 1))
             batch = next((size for size in sizes if needed(size) <= limit_bytes), 0)
+            fitting = (policy for policy in KEEPING if needed(paper_batch, policy) <= limit_bytes)
+            remat = next(fitting, remat)
         stages_found[stage.name] = {
-            "batch": batch, "gib": needed(-(-PAPER_BATCH // devices) * devices) / GIB,
+            "batch": batch, "gib": needed(paper_batch) / GIB, "remat": remat,
             "seconds_per_step": seconds, "hours": seconds * steps / 3600,
         }  # fmt: skip
     return stages_found
@@ -187,6 +192,11 @@ def advice(about, checks, found, stages_found, loader=None):
             said.append(
                 f"{name}: the paper's batch of {PAPER_BATCH} takes {stage['gib']:.0f} GiB of each device: "
                 f"use --optimizer.accumulate {parts}, a mesh with context, smaller clips or more devices"
+            )
+        elif stage["remat"] != "block":
+            said.append(
+                f"{name}: at the paper's batch of {PAPER_BATCH} memory suffices for --compute.remat "
+                f"{stage['remat']}, which computes less again than block"
             )
     if loader is not None and loader["clips_per_second"] < loader["needed"]:
         said.append(

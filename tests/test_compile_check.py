@@ -56,6 +56,20 @@ def test_traffic_counts_what_a_loop_writes(looped):
 
 
 @pytest.mark.parametrize(
+    ("kernel", "moved"),
+    [
+        ("loop_add_fusion", 2 * 4096),
+        ("loop_dynamic_update_slice_fusion", 0),  # as GPUs' compiler names it
+        ("bitcast_dynamic-update-slice_fusion", 0),  # as TPUs'
+    ],
+)
+def test_what_is_written_into_a_part_of_a_larger_array_is_no_traffic(kernel, moved):
+    lines = ["ENTRY %main (p: f32[1024]) -> f32[1024] {", "  %p = f32[1024]{0} parameter(0)"]
+    lines.append(f"  ROOT %{kernel}.3 = f32[1024]{{0}} fusion(%p), kind=kLoop, calls=%fused")
+    assert hlo.memory_traffic(hlo.instructions("\n".join([*lines, "}"]))) == moved
+
+
+@pytest.mark.parametrize(
     ("text", "groups"),
     [
         ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),

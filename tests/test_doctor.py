@@ -11,6 +11,9 @@ from animecolor_jax import doctor
 from animecolor_jax.config import preset
 from animecolor_jax.models import attention
 from animecolor_jax.parity import devices
+from animecolor_jax.train import memory, stages
+from animecolor_jax.train.config import ComputeConfig, TrainConfig
+from data_pipeline.dataset import DataConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -93,10 +96,22 @@ def test_hours_follow_from_rates_and_devices():
     assert twice["batch"] is None and eight["stage4_joint"]["batch"] == 128
 
 
+def test_remat_advised_keeps_as_much_as_fits():
+    model, latents, mesh = preset("tiny"), (3, 8, 12), {"fsdp": 8}
+    data = DataConfig(batch_size=doctor.PAPER_BATCH)
+    for policy in (*doctor.KEEPING, "block"):
+        config = TrainConfig(stages.SKETCH, 1, data=data, compute=ComputeConfig(remat=policy))
+        limit = memory.estimate(config, model, latents, mesh)["total"]
+        found = {"stage1_sketch": doctor.training(model, latents, RATES, 8, limit)["stage1_sketch"]}
+        assert found["stage1_sketch"]["remat"] == policy
+        said = doctor.advice({"platform": "gpu", "devices": 8}, [], RATES, found)
+        assert [f"--compute.remat {policy}" in sentence for sentence in said] == [True] * (policy != "block")
+
+
 def test_what_is_wrong_is_said():
     about = {"platform": "gpu", "devices": 1}
     good = {"backend": "cudnn", "dtype": "bfloat16", "error": 1e-3, "limit": 1e-2, "passed": True}
-    fits = {"stage1_sketch": {"batch": 16, "gib": 20.0, "seconds_per_step": 1.0, "hours": 14.0}}
+    fits = {"stage1_sketch": {"batch": 16, "gib": 20.0, "remat": "block"}}
     assert doctor.advice(about, [good], RATES, fits) == []
     slow = {"clips_per_second": 1.0, "needed": 2.0}
     small = {"stage1_sketch": {**fits["stage1_sketch"], "batch": 2, "gib": 120.0}}

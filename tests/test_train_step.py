@@ -308,10 +308,12 @@ def gradients_of_all(accumulate=1, remat="none"):
 @pytest.mark.parametrize(
     ("accumulate", "remat"),
     [
-        pytest.param(2, "branches", marks=pytest.mark.slow), (1, "attention"),
+        (1, "products"),
+        pytest.param(2, "branches", marks=pytest.mark.slow),
+        pytest.param(1, "attention", marks=pytest.mark.slow),
         pytest.param(1, "block", marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_neither_parts_of_a_batch_nor_rematerialisation_change_the_gradients(accumulate, remat):
     _, (loss, grads) = gradients_of_all()
     _, (same_loss, same_grads) = gradients_of_all(accumulate, remat)
@@ -319,6 +321,19 @@ def test_neither_parts_of_a_batch_nor_rematerialisation_change_the_gradients(acc
     norm = optax.tree.norm(grads)
     for name, leaf in grads.items():
         np.testing.assert_allclose(same_grads[name], leaf, rtol=1e-4, atol=1e-6 * norm, err_msg=name)
+
+
+def test_remat_products_computes_no_product_over_tokens_again():
+    def count(remat):
+        objective = make_objective(stage_config(1, "--compute.remat", remat), MODEL)
+        run = make_run(1)
+        arguments = run.start.trainable, run.start.frozen, INPUTS, first_draws(run)
+        traced = jax.jit(functools.partial(gradients, objective)).trace(*arguments)
+        return len(list(products(traced.jaxpr.jaxpr)))
+
+    none, kept, branches, block = map(count, ("none", "products", "branches", "block"))
+    assert kept == none + 2  # modulations, one row a clip
+    assert branches == kept + 4 < block  # q, k, v, and the first of feed-forward
 
 
 def test_rematerialisation_takes_less_memory():

@@ -94,7 +94,8 @@ def memory_traffic(found):
     for each in found:
         if each.fused or each.operation in FREE or each.operation.endswith("-start"):
             continue
-        if "dynamic-update-slice" not in each.name and "dynamic-update-slice" not in each.operation:
+        # kernels are named after what they fuse, with hyphens for TPUs and underscores for GPUs
+        if "dynamic-update-slice" not in f"{each.name} {each.operation}".replace("_", "-"):
             moved += 2 * sum(sizes(each.types, off_chip=True)) * each.times
     return moved
 

@@ -7,7 +7,9 @@ from flax.nnx.nn import dtypes
 
 from animecolor_jax.models.chunked_attention import SAVED
 
-BRANCH = "branch"  # name of what `remat` can keep: what a branch adds to the tokens
+# names of what `remat` can keep
+BRANCH = "branch"  # what a branch adds to the tokens
+PRODUCT = "product"  # what a branch's other linear layers give
 
 
 class Buffer(nnx.Variable):
@@ -49,11 +51,18 @@ def remat(body, policy):
     Args:
         policy: "none" keeps all; "block" only what came into the body; "attention" also the results of
             attention; "branches" also what attention and feed-forward add to the tokens, without which their
-            gates' gradients would need the last product of each once more.
+            gates' gradients would need the last product of each once more; "products" also the results of
+            their other linear layers, so that of a block no product over tokens is computed again (of HCE's
+            cross-attention all are).
     """
     if policy == "none":
         return body
-    names = {"block": [], "attention": [SAVED], "branches": [SAVED, BRANCH]}[policy]
+    names = {
+        "block": [],
+        "attention": [SAVED],
+        "branches": [SAVED, BRANCH],
+        "products": [SAVED, BRANCH, PRODUCT],
+    }[policy]
     saved = jax.checkpoint_policies.save_only_these_names(*names)
     return jax.checkpoint(body, policy=saved, prevent_cse=False)
 

@@ -20,7 +20,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from animecolor_jax.models import positions
 from animecolor_jax.models.attention import joint_attention
-from animecolor_jax.models.layers import BRANCH, gelu, layer_norm, linear, remat, silu, stack, unstack
+from animecolor_jax.models.layers import (
+    BRANCH,
+    PRODUCT,
+    gelu,
+    layer_norm,
+    linear,
+    remat,
+    silu,
+    stack,
+    unstack,
+)
 from animecolor_jax.sharding import constrain, shares_tokens
 
 
@@ -118,7 +128,7 @@ class JointAttention(nnx.Module):
         self.k_norm = layer_norm(config.head_dim, eps=1e-6, dtype=config.dtype, rngs=rngs)
 
     def heads(self, x):  # [B, S, D] -> [B, S, N, H]
-        return rearrange(x, "b s (n h) -> b s n h", n=self.config.num_heads)
+        return rearrange(checkpoint_name(x, PRODUCT), "b s (n h) -> b s n h", n=self.config.num_heads)
 
     def key_value(self, tokens):
         """[B, R, D] -> keys and values [B, R, N, H], without positions."""
@@ -170,7 +180,8 @@ class FeedForward(nnx.Module):
         self.down = linear(4 * config.dim, config.dim, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, x):
-        return checkpoint_name(self.down(gelu(self.up(x), approximate=True)), BRANCH)
+        hidden = checkpoint_name(self.up(x), PRODUCT)
+        return checkpoint_name(self.down(gelu(hidden, approximate=True)), BRANCH)
 
 
 class Block(nnx.Module):

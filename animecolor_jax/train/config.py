@@ -13,7 +13,7 @@ from animecolor_jax.models.attention import BACKENDS
 from data_pipeline.dataset import DataConfig
 
 CONDITIONS = ("text", "sketch", "hce", "lcg")
-REMAT = ("none", "branches", "attention", "block")
+REMAT = ("none", "products", "branches", "attention", "block")
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "came")
 DTYPES = ("float32", "bfloat16")
@@ -130,9 +130,9 @@ class ComputeConfig:
     frozen_dtype: str = "bfloat16"
     """In which frozen parameters, and VAE, text and image encoder, are kept."""
     remat: str = "block"
-    """What the backward pass computes again: none; branches (all but attention's results, and what attention
-    and feed-forward add to the tokens); attention (all but attention's results); block (everything within a
-    block, for the least memory)."""
+    """What the backward pass computes again: none; products (all but what attention and linear layers give);
+    branches (all but attention's results, and what attention and feed-forward add to the tokens); attention
+    (all but attention's results); block (everything within a block, for the least memory)."""
     attention: str = "auto"
     """Backend of `models.attention`."""
     mesh: str = ""

@@ -120,6 +120,7 @@ class _Step:
             "block": carry,
             "attention": carry + self.arrays(tokens),
             "branches": carry + 3 * self.arrays(tokens),
+            "products": carry + 10 * self.arrays(tokens),  # also queries, keys, values, and 4 of feed-forward
             "none": self.arrays(tokens, count=KEPT),
         }[policy]
 
@@ -127,7 +128,7 @@ class _Step:
         """Arrays of all blocks that the backward pass needs."""
         policy, depth = self.config.compute.remat, self.denoiser.num_layers
         total = depth * self.kept(self.text + self.video, policy, self.interval)
-        if policy == "none":
+        if policy in ("none", "products"):
             total += depth * 2 * self.arrays(self.bank_tokens)
         if "lcg" in self.trained:
             total += depth * self.kept(self.images * (self.text + self.per_image), policy, 1)
