@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from animecolor_jax import flops
+from animecolor_jax.compiling.report import SHARE
 from animecolor_jax.models.attention import attention
 from animecolor_jax.platforms import GIB, device_memory
 from animecolor_jax.train import memory, stages
@@ -118,8 +119,8 @@ def training(model, latents, found, devices, limit_bytes):
         if limit_bytes is not None:
             sizes = (devices * clips for clips in (16, 8, 4, 2, 1))
             batch = next((size for size in sizes if needed(size) <= limit_bytes), 0)
-            fitting = (policy for policy in KEEPING if needed(paper_batch, policy) <= limit_bytes)
-            remat = next(fitting, remat)
+            most = SHARE * limit_bytes
+            remat = next((policy for policy in KEEPING if needed(paper_batch, policy) <= most), remat)
         stages_found[stage.name] = {
             "batch": batch, "gib": needed(paper_batch) / GIB, "remat": remat,
             "seconds_per_step": seconds, "hours": seconds * steps / 3600,
