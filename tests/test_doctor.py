@@ -84,7 +84,8 @@ RATES = {
 }  # fmt: skip
 
 
-def test_hours_follow_from_rates_and_devices():
+def test_hours_follow_from_rates_and_devices(monkeypatch):
+    monkeypatch.setattr(doctor, "STAGES", {stages.LCG: 30_000, stages.JOINT: 50_000})
     model, latents = preset("tiny"), (3, 8, 12)
     one, eight = (doctor.training(model, latents, RATES, count, 10**9) for count in (1, 8))
     for name in one:
