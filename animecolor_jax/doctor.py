@@ -12,16 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from animecolor_jax import flops
-from animecolor_jax.compiling.report import SHARE
 from animecolor_jax.models.attention import attention
-from animecolor_jax.platforms import GIB, device_memory
+from animecolor_jax.platforms import GIB, USABLE, device_memory
 from animecolor_jax.train import memory, stages
-from animecolor_jax.train.config import ComputeConfig, TrainConfig
+from animecolor_jax.train.config import REMAT, ComputeConfig, TrainConfig
 from data_pipeline.dataset import DataConfig
 
 STAGES = {stages.SKETCH: 50_000, stages.HCE: 25_000, stages.LCG: 30_000, stages.JOINT: 50_000}  # the paper's
 PAPER_BATCH = 16
-KEEPING = ("products", "branches", "attention")  # remat policies; "none" keeps norms and the like as well
+KEEPING = REMAT[1:-1]  # between "none", which keeps norms and the like as well, and "block"
 CPU_TOKENS = 2048
 MEASURE_SECONDS = 1.0
 
@@ -119,7 +118,7 @@ def training(model, latents, found, devices, limit_bytes):
         if limit_bytes is not None:
             sizes = (devices * clips for clips in (16, 8, 4, 2, 1))
             batch = next((size for size in sizes if needed(size) <= limit_bytes), 0)
-            most = SHARE * limit_bytes
+            most = USABLE * limit_bytes
             remat = next((policy for policy in KEEPING if needed(paper_batch, policy) <= most), remat)
         stages_found[stage.name] = {
             "batch": batch, "gib": needed(paper_batch) / GIB, "remat": remat,

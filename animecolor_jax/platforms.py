@@ -7,6 +7,7 @@ import os
 import jax
 
 GIB = 2**30  # bytes
+USABLE = 0.92  # of a device's memory that a program may take
 _chosen = contextvars.ContextVar("platform and device kind", default=(None, None))
 
 

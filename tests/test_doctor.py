@@ -103,7 +103,7 @@ def test_remat_advised_keeps_as_much_as_fits(monkeypatch):
     data = DataConfig(batch_size=doctor.PAPER_BATCH)
     for policy in (*doctor.KEEPING, "block"):
         config = TrainConfig(stages.SKETCH, 1, data=data, compute=ComputeConfig(remat=policy))
-        limit = 1.0001 * memory.estimate(config, model, latents, mesh)["total"] / doctor.SHARE
+        limit = 1.0001 * memory.estimate(config, model, latents, mesh)["total"] / doctor.USABLE
         found = doctor.training(model, latents, RATES, 8, limit)
         assert found["stage1_sketch"]["remat"] == policy
         said = doctor.advice({"platform": "gpu", "devices": 8}, [], RATES, found)

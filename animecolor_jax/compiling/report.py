@@ -9,9 +9,7 @@ from animecolor_jax import flops, platforms
 from animecolor_jax.compiling import hlo, targets
 from animecolor_jax.compiling.collectives import read_collectives, summarise
 from animecolor_jax.errors import InputError
-from animecolor_jax.platforms import GIB
-
-SHARE = 0.92  # of a device's memory that a program may take
+from animecolor_jax.platforms import GIB, USABLE
 
 
 def compile_program(program, target, mesh):
@@ -57,7 +55,7 @@ def compile_program(program, target, mesh):
             "temp_gib": plan.temp_size_in_bytes / GIB,
             "output_gib": (plan.output_size_in_bytes - plan.alias_size_in_bytes) / GIB,
             "peak_gib": peak / GIB,
-            "fits": peak <= SHARE * target.kind.memory,
+            "fits": peak <= USABLE * target.kind.memory,
             "collectives": summarise(found),
             "loops_counted_once": sum(each.operation == "while" and not each.trips for each in instructions),
             "estimated_seconds": estimate(program, hlo.memory_traffic(instructions), found, target),

@@ -13,7 +13,7 @@ from animecolor_jax.models.attention import BACKENDS
 from data_pipeline.dataset import DataConfig
 
 CONDITIONS = ("text", "sketch", "hce", "lcg")
-REMAT = ("none", "products", "branches", "attention", "block")
+REMAT = ("none", "products", "branches", "attention", "block")  # the first keeps most
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "came")
 DTYPES = ("float32", "bfloat16")
