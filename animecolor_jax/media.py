@@ -34,6 +34,8 @@ _CONTAINERS = (
     "mov,matroska,avi,asf,flv,mpegts,mpeg,mpegvideo,m4v,mxf,nut,ogg,ivf,yuv4mpegpipe,h264,hevc,mjpeg"
 )
 _OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+# tags that are not UTF-8 are no reason to refuse a video; PyAV 19 never does, and takes no such argument
+_TAG_ERRORS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 # Bilinear chroma with exact rounding: swscale's defaults are off by up to 3 levels on flat colours.
 SCALING = (
@@ -315,7 +317,7 @@ def _orient(frame, steps):
 def _open_container(path):
     try:
         # "file:" so that a colon in the name is not taken for a protocol
-        return av.open(f"file:{path}", options=_OPEN_OPTIONS, metadata_errors="replace")
+        return av.open(f"file:{path}", options=_OPEN_OPTIONS, **_TAG_ERRORS)
     except (av.FFmpegError, ValueError) as error:
         raise InputError(
             "cannot be opened: not a video or image, or cut off",

@@ -460,6 +460,21 @@ def test_a_colon_or_percent_in_the_name_is_just_a_name(tmp_path):
         assert len(read_video(tmp_path / name).frames) == 2
 
 
+def test_a_title_that_is_not_utf8_is_no_reason_to_refuse_a_video(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "caf_title"
+        stream = container.add_stream("ffv1", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for pixels in noise(2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    assert content.count(b"caf_title") == 1
+    path.write_bytes(content.replace(b"caf_title", b"caf\xe9title"))  # Latin-1
+    assert len(read_video(path).frames) == 2
+
+
 # ---------------------------------------------------------------- refusals
 
 
