@@ -5,6 +5,7 @@ where there is none they fail.
 """
 
 import os
+import tempfile
 
 import pytest
 
@@ -18,9 +19,15 @@ def accelerators(config):
 
 
 def pytest_configure(config):
-    """Chooses the devices, before anything imports JAX."""
+    """Chooses the devices, before anything imports JAX, and where compiled programs lie: in a folder of this
+    run, which its workers and their processes share; the user's own stays as it is."""
     if accelerators(config):
         return
+    if not hasattr(config, "workerinput"):
+        programs = tempfile.TemporaryDirectory(prefix="animecolor-tests-", ignore_cleanup_errors=True)
+        config.add_cleanup(programs.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax

@@ -115,7 +115,6 @@ def colorize(tool, load, folder, monkeypatch, capsys):
     """Function of flags -> (exit code, JSON of the last line of stdout, stderr); runs among the inputs."""
     monkeypatch.setattr(Pipeline, "load", load)
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # leaves this process without one
 
     def call(flags):
         values = {flag: value for flag, value in flags.items() if value is not None}
@@ -718,16 +717,10 @@ def test_jobs_need_a_file(jobs, no_networks):
 # ---------------------------------------------------------------- as a process
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Leaves the user's compiled programs alone."""
-    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla"))}
-
-
-def test_the_demo_needs_nothing_and_leaves_its_two_videos(environment, tmp_path):
+def test_the_demo_needs_nothing_and_leaves_its_two_videos(tmp_path):
     done = subprocess.run(
-        [sys.executable, TOOL, "--demo", "--json", "--steps", "2"], cwd=tmp_path, env=environment,
-        capture_output=True, text=True, timeout=600,
+        [sys.executable, TOOL, "--demo", "--json", "--steps", "2"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
@@ -737,14 +730,13 @@ def test_the_demo_needs_nothing_and_leaves_its_two_videos(environment, tmp_path)
     assert media.read_video(tmp_path / "demo.mp4").frames.any()
 
 
-def test_ctrl_c_during_denoising_leaves_nothing(environment, folder, tmp_path):
+def test_ctrl_c_during_denoising_leaves_nothing(folder, tmp_path):
     """The progress bar on a terminal tells when to interrupt."""
     terminal, stderr = os.openpty()
     termios.tcsetwinsize(stderr, (24, 100))  # a terminal without columns has no room for a progress bar
     process = subprocess.Popen(
         [sys.executable, TOOL, "--demo", "--json", "--steps", "1000", "--weights", folder / "own"],
-        cwd=tmp_path, env=environment,
-        stdout=subprocess.PIPE, stderr=stderr, text=True,
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=stderr, text=True,
         # a test run in the background of a script ignores Ctrl-C, and would hand that on
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -779,10 +771,10 @@ def read_terminal(terminal):
         return b""
 
 
-def test_a_refusal_is_one_json_object_on_the_last_line(environment, tmp_path):
+def test_a_refusal_is_one_json_object_on_the_last_line(tmp_path):
     done = subprocess.run(
-        [sys.executable, TOOL, "--json", "--sketch", "gone.mp4"], cwd=tmp_path, env=environment,
-        capture_output=True, text=True, timeout=600,
+        [sys.executable, TOOL, "--json", "--sketch", "gone.mp4"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600,
     )
     assert done.returncode == 2
     assert json.loads(done.stdout.splitlines()[-1])["error"].keys() == {"what", "where", "expected", "fix"}

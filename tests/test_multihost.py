@@ -28,12 +28,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start(folder, tmp_path_factory):
     """Function of a run directory, the number of processes and more flags -> those processes."""
-    caches = [tmp_path_factory.mktemp("cache") for _ in range(3)]
+    # hosts share no folder of compiled programs
+    caches = [{"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))} for _ in range(2)]
     children = []
 
     def call(out, processes, *more):
         if processes == 1:
-            made = [Child(flags_of(folder, out, *FLAGS, *more), caches[2], devices=8)]
+            made = [Child(flags_of(folder, out, *FLAGS, *more), devices=8)]
         else:
             with socket.socket() as server:
                 server.bind(("localhost", 0))
@@ -41,7 +42,7 @@ def start(folder, tmp_path_factory):
             shared = "--coordinator", address, "--num-processes", processes, "--peer-timeout", "10"
             flags = flags_of(folder, out, *FLAGS, *shared, *more)
             made = [
-                Child([*flags, "--process-id", str(number)], caches[number], devices=4)
+                Child([*flags, "--process-id", str(number)], devices=4, **caches[number])
                 for number in range(processes)
             ]
         children.extend(made)

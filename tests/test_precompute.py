@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -38,16 +37,6 @@ SHARDS = {(VIDEO, "train"): [[0, 1, 2], [3, 4]], (VIDEO, "test"): [[5]], (IMAGE,
 ONE_DEVICE = {"batch_size": 2, "mesh": "data=1"}
 ENCODING = clip_video.ClipEncoding()
 COMPONENTS = ("vae", "text_encoder", "image_encoder")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Compiled programs of this module, which its subprocess takes over."""
-    folder = str(tmp_path_factory.mktemp("xla"))
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", folder)
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="module")
@@ -287,10 +276,9 @@ precompute(*sys.argv[1:], batch_size=2, mesh="data=1")
 
 
 @pytest.mark.slow
-def test_a_killed_process_loses_the_batch_in_hand_only(finished, weights, data, calls, compilation_cache):
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": compilation_cache}
+def test_a_killed_process_loses_the_batch_in_hand_only(finished, weights, data, calls):
     code = "import jax; jax.config.update('jax_default_matmul_precision', 'float32')\n" + KILLED
-    killed = subprocess.run([sys.executable, "-c", code, data, weights], env=environment, cwd=ROOT)
+    killed = subprocess.run([sys.executable, "-c", code, data, weights], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     assert files(run(data, weights)) == files(finished[1])
     assert calls == ["image"] * 2 + ["latents"] * 5

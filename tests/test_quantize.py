@@ -84,13 +84,8 @@ def test_all_matrices_of_stacks_are_quantised_and_nothing_else(name):
     assert kept == {"denoiser/patch_embed/kernel", "lcg/patch_embed/kernel"}  # four-dimensional
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({}, marks=pytest.mark.slow),
-        {"guidance_scale": 1.0, "step_cache": 1.5, "num_steps": 5},
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0, "step_cache": 1.5, "num_steps": 5}])
 def test_clips_stay_near(weights, pipeline, options):
     exact = color(Pipeline.load(weights.directory), **options)
     assert 0 < np.abs(color(pipeline, **options) - exact).mean() < 2.5  # of 255; it came to 1.2

@@ -12,7 +12,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from small_datasets import WIDE
 from train_runs import STEPS, TOOL, Child, flags_of, history, metrics, write_inputs
 
@@ -30,13 +29,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(folder, tmp_path_factory):
+def start(folder):
     """Function of a run directory and more flags -> a process over it."""
-    cache = tmp_path_factory.mktemp("cache")
     children = []
 
     def call(out, *more):
-        children.append(Child(flags_of(folder, out, *more), cache))
+        children.append(Child(flags_of(folder, out, *more)))
         return children[-1]
 
     yield call
@@ -61,22 +59,8 @@ def tool():
     return module
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Compiled programs of this process are kept in a folder of their own, for as long as this file runs."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture
-def train(tool, folder, compiled, tmp_path, monkeypatch, capsys):
+def train(tool, folder, tmp_path, monkeypatch, capsys):
     """Function of flags -> (exit code, JSON, stderr) of a run in this process, on its eight devices."""
 
     def call(*more, out=tmp_path / "run", flags=None):

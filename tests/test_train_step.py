@@ -308,10 +308,10 @@ def gradients_of_all(accumulate=1, remat="none"):
 @pytest.mark.parametrize(
     ("accumulate", "remat"),
     [
-        (1, "products"),
+        (1, "block"),
+        pytest.param(1, "products", marks=pytest.mark.slow),
         pytest.param(2, "branches", marks=pytest.mark.slow),
         pytest.param(1, "attention", marks=pytest.mark.slow),
-        pytest.param(1, "block", marks=pytest.mark.slow),
     ],
 )
 def test_neither_parts_of_a_batch_nor_rematerialisation_change_the_gradients(accumulate, remat):

@@ -60,12 +60,9 @@ def flags_of(folder, out, *more):
 class Child:
     """A process of tools/train.py, on `devices` virtual devices; `lines` are those of its stderr so far."""
 
-    def __init__(self, flags, cache, devices=2):
+    def __init__(self, flags, devices=2, **environment):
         xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        environment = {
-            **os.environ, "XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }  # fmt: skip
+        environment = {**os.environ, "XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu", **environment}
         self._stdout = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", TOOL, *flags], env=environment, stdout=self._stdout,
