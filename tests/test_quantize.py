@@ -91,6 +91,7 @@ def test_clips_stay_near(weights, pipeline, options):
     assert 0 < np.abs(color(pipeline, **options) - exact).mean() < 2.5  # of 255; it came to 1.2
 
 
+@pytest.mark.slow
 def test_a_clip_is_the_same_offloaded_and_on_another_device(weights, pipeline):
     expected, device = color(pipeline), jax.devices()[1]
     offloaded = Pipeline.load(weights.directory, quantize="int8", offload="yes")
