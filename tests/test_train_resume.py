@@ -92,14 +92,16 @@ def half_written(run):
 
 
 def test_a_killed_run_ends_as_if_nothing_had_happened(start, whole, tmp_path):
-    """Two kills at random steps, while a checkpoint is written."""
+    """Three kills at random steps, the last two of them while a checkpoint is written."""
     chance, met = random.Random(4), 0
-    for number in range(2):
+    for number in range(3):
         child = start(tmp_path)
         first = number * STEPS // 4
         child.wait_for(f"step {chance.randint(first + EVERY + 1, first + EVERY + 4)}/")
+        if number == 0:
+            time.sleep(chance.uniform(0, 0.1))
         deadline = time.monotonic() + 60
-        while not half_written(tmp_path) and time.monotonic() < deadline:
+        while number > 0 and not half_written(tmp_path) and time.monotonic() < deadline:
             pass
         child.process.kill()
         assert child.end()[0] == -signal.SIGKILL, "it had ended already"
@@ -107,7 +109,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(start, whole, tmp_path):
     assert met, "no kill met a half-written checkpoint: the test shows too little"
     assert start(tmp_path).finish()["step"] == STEPS
     assert_same_end(tmp_path, whole)
-    assert len(read_run(tmp_path)["resumed"]) == 2
+    assert len(read_run(tmp_path)["resumed"]) == 3
 
 
 @pytest.mark.slow
